@@ -1,0 +1,70 @@
+"""Sparse activations: which latents fired for each row, and how strongly.
+
+Axes: B rows, K slots per row, S latents of the dictionary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Up to K active latents per row, as padded index and value arrays.
+
+    A slot with value 0 is empty: its index is valid but means nothing. A latent stands in at most one slot of a row.
+
+    Attributes:
+        indices: (B, K) int64, each in [0, d_sae).
+        values: (B, K) floating point; may be negative for dictionaries with signed codes.
+        d_sae: number of latents S.
+    """
+
+    indices: Tensor
+    values: Tensor
+    d_sae: int
+
+    def __post_init__(self) -> None:
+        if self.indices.shape != self.values.shape or self.indices.ndim != 2:
+            raise ValueError(
+                f"indices and values must both be (rows, slots), got {tuple(self.indices.shape)} "
+                f"and {tuple(self.values.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+    def dense(self) -> Tensor:
+        """(B, S) with zeros where nothing fired."""
+        dense_BS = self.values.new_zeros(len(self), self.d_sae)
+        return dense_BS.scatter_add(1, self.indices, self.values)
+
+    def active(self) -> Tensor:
+        """(B, K) mask of the slots that hold a non-zero activation."""
+        return self.values != 0
+
+    def l0(self) -> Tensor:
+        """(B,) number of latents that fired in each row."""
+        return self.active().sum(dim=1)
+
+    def fired(self) -> Tensor:
+        """(S,) number of rows in which each latent fired, int64."""
+        return torch.bincount(self.indices[self.active()], minlength=self.d_sae)
+
+    def detach(self) -> Codes:
+        return Codes(self.indices, self.values.detach(), self.d_sae)
+
+    def to(self, *args, **kwargs) -> Codes:
+        """Move both arrays; a floating dtype applies to the values alone."""
+        values = self.values.to(*args, **kwargs)
+        return Codes(self.indices.to(values.device), values, self.d_sae)
+
+    @staticmethod
+    def from_dense(dense_BS: Tensor) -> Codes:
+        """The same activations in as few slots as the busiest row needs (at least one)."""
+        slots = max(1, int((dense_BS != 0).sum(dim=1).max())) if len(dense_BS) else 1
+        indices_BK = dense_BS.abs().topk(slots, dim=1).indices
+        return Codes(indices_BK, dense_BS.gather(1, indices_BK), dense_BS.shape[1])

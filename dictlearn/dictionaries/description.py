@@ -1,0 +1,35 @@
+"""The description beside a saved dictionary's weights. No torch here: commands read it to refuse before anything loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from activation_store.errors import UserError
+
+FORMAT = "dictlearn-dictionary"
+FORMAT_VERSION = 1
+DESCRIPTION = "dictionary.json"
+WEIGHTS = "dictionary.safetensors"
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """The contents of ``dictionary.json``, checked; reads no weights."""
+    path = Path(folder) / DESCRIPTION
+    if not path.exists():
+        raise UserError(
+            f"There is no dictionary in {str(folder)!r}: {DESCRIPTION} is missing. Train one, or check the name."
+        )
+    try:
+        description = json.loads(path.read_text())
+        version = description["version"]
+        description["kind"], description["config"], description["d_in"], description["d_out"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}); restore it or train again.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{str(path)!r} has format version {version}; this dictlearn reads version {FORMAT_VERSION}. "
+            "Use the dictlearn that wrote it, or a newer one."
+        )
+    return description

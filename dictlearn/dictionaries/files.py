@@ -1,0 +1,58 @@
+"""Saving and loading our own dictionaries: a folder with ``dictionary.json`` and ``dictionary.safetensors``.
+
+What is saved is folded: it takes raw activations and needs nothing of the training code. The JSON file is written last,
+under a temporary name and renamed, so a folder that has it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from activation_store.errors import UserError
+from dictlearn.dictionaries import dictionary_class
+from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.description import DESCRIPTION, FORMAT, FORMAT_VERSION, WEIGHTS, describe
+
+
+def save(dictionary: Dictionary, folder: str | Path, provenance: dict[str, Any] | None = None) -> Path:
+    """Fold and write ``dictionary``; replaces what the folder held. ``provenance`` defaults to the dictionary's own."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    folded = dictionary.fold()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in folded.state_dict().items()}
+    save_file(tensors, folder / (WEIGHTS + ".tmp"))
+    os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
+    description = {"format": FORMAT, "version": FORMAT_VERSION, **folded.described()}
+    description["provenance"] = dictionary.provenance if provenance is None else provenance
+    (folder / (DESCRIPTION + ".tmp")).write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(folder / (DESCRIPTION + ".tmp"), folder / DESCRIPTION)
+    return folder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Dictionary:
+    """Read a dictionary that `save` wrote, in evaluation mode, taking raw activations.
+
+    Raises:
+        UserError: no dictionary there, an unknown kind, or damaged files.
+    """
+    folder = Path(folder)
+    description = describe(folder)
+    cls = dictionary_class(description["kind"])
+    try:
+        config = cls.Config(**description["config"])
+        dictionary = cls(config, description["d_in"], description["d_out"])
+        dictionary.load_state_dict(load_file(folder / WEIGHTS))
+    except (TypeError, RuntimeError, SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"The dictionary in {str(folder)!r} is damaged ({reason}); restore it or train again."
+        ) from error
+    dictionary.provenance = description.get("provenance", {})
+    return dictionary.to(device).eval().requires_grad_(False)

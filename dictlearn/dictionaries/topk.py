@@ -1,0 +1,134 @@
+"""TopK: keep the k largest pre-activations of a learned encoder. SAE and transcoder alike.
+
+Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093): section 2.3 the activation, appendix A
+the AuxK loss and the initialisation; Makhzani and Frey 2013 (arXiv 1312.5663) for the k-sparse idea.
+
+    codes = ReLU(TopK(W_enc (x - b_pre) + b_enc))        output = codes W_dec + b_dec
+
+An autoencoder's b_pre is its b_dec. A transcoder's target is another hook's activation, so it has no b_pre. Decoder rows
+have unit norm: the component of their gradient along themselves is removed before each update, the norm restored after.
+
+Axes: B rows, D input width, O output width, S latents, K active per row.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dictlearn import ops
+from dictlearn.codes import Codes
+from dictlearn.dictionaries.base import Dictionary, Loss
+from dictlearn.dictionaries.configs import TopKConfig
+
+
+class TopK(Dictionary):
+    kind = "topk"
+    Config = TopKConfig
+    config: TopKConfig
+
+    def __init__(self, config: TopKConfig, d_in: int, d_out: int | None = None) -> None:
+        super().__init__(config, d_in, d_out)
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.subtracts_b_dec = False
+        """Whether b_pre is b_dec: true while an autoencoder trains, false for transcoders and for anything folded."""
+
+    def encode(self, x: Tensor) -> Codes:
+        values_BK, indices_BK = ops.encode_topk(x / self.input_scale, self.W_enc, self._encoder_bias(), self.config.k)
+        return Codes(indices_BK, values_BK, self.d_sae)
+
+    def decode(self, codes: Codes) -> Tensor:
+        return (ops.decode(codes.values, codes.indices, self.W_dec) + self.b_dec) * self.target_scale
+
+    def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
+        x_BD = x / self.input_scale
+        target_BO = x_BD if target is None else target / self.target_scale
+        bias_S = self._encoder_bias()
+        values_BK, indices_BK = ops.encode_topk(x_BD, self.W_enc, bias_S, self.config.k)
+        output_BO = ops.decode(values_BK, indices_BK, self.W_dec) + self.b_dec
+        error_BO = target_BO - output_BO
+        mse = error_BO.square().mean()
+        terms, total = {"mse": mse.detach()}, mse
+
+        dead_S = self.rows_since_fired > self.config.dead_after_rows
+        if self.config.auxk_weight > 0 and dead_S.any():
+            k_aux = self.config.k_aux or max(1, self.d_in // 2)
+            dead_values, dead_indices = ops.encode_topk_among(x_BD, self.W_enc, bias_S, k_aux, dead_S)
+            residual_BO = error_BO.detach()
+            miss_BO = residual_BO - ops.decode(dead_values, dead_indices, self.W_dec)
+            auxk = miss_BO.square().sum() / residual_BO.square().sum().clamp_min(1e-12)
+            terms["auxk"] = auxk.detach()
+            total = total + self.config.auxk_weight * auxk
+        codes = Codes(indices_BK, values_BK.detach(), self.d_sae)
+        return Loss(total, terms, codes, output_BO.detach() * self.target_scale)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, target: Tensor | None, generator: torch.Generator) -> None:
+        """Unit random decoder rows, the encoder their transpose, b_dec the geometric median of the target.
+
+        Scales make the target's per-coordinate variance 1 on average, so the mse term starts near the FVU's unit. A
+        transcoder's rows of W_enc are random too, and b_enc centres its input.
+        """
+        self.subtracts_b_dec = target is None
+        directions = torch.randn(self.d_sae, self.d_out, generator=generator)
+        self.W_dec.copy_(F.normalize(directions, dim=1))
+        self.input_scale.copy_(_spread(x))
+        if target is None:
+            self.target_scale.copy_(self.input_scale)
+            self.W_enc.copy_(self.W_dec)
+            self.b_enc.zero_()
+            self.b_dec.copy_(geometric_median(x / self.input_scale))
+        else:
+            self.target_scale.copy_(_spread(target))
+            self.W_enc.copy_(F.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1))
+            self.b_enc.copy_(-self.W_enc @ (x / self.input_scale).mean(dim=0))
+            self.b_dec.copy_(geometric_median(target / self.target_scale))
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        if self.W_dec.grad is not None:
+            along_S1 = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+            self.W_dec.grad.sub_(along_S1 * self.W_dec)
+
+    @torch.no_grad()
+    def after_update(self, optimiser: torch.optim.Optimizer, step: int, generator: torch.Generator) -> dict[str, float]:
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
+        return {}
+
+    @torch.no_grad()
+    def fold(self) -> Self:
+        folded = self.copy()
+        folded.W_enc.mul_(self.target_scale / self.input_scale)
+        folded.b_enc.copy_(self._encoder_bias() * self.target_scale)
+        folded.b_dec.mul_(self.target_scale)
+        folded.input_scale.fill_(1)
+        folded.target_scale.fill_(1)
+        folded.subtracts_b_dec = False
+        return folded
+
+    def _encoder_bias(self) -> Tensor:
+        """b_enc with the pre-bias inside. Its gradient reaches b_dec through one matrix-vector product, not B of them."""
+        return self.b_enc - self.W_enc @ self.b_dec if self.subtracts_b_dec else self.b_enc
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Root of the mean squared deviation per coordinate (a scalar)."""
+    return (rows - rows.mean(dim=0)).square().mean().sqrt().clamp_min(1e-12)
+
+
+def geometric_median(rows: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """The point with the least mean distance to the rows (B, D), by Weiszfeld's iteration from the mean."""
+    guess = rows.mean(dim=0)
+    for _ in range(iterations):
+        weights = 1 / (rows - guess).norm(dim=1).clamp_min(1e-8)
+        better = (weights[:, None] * rows).sum(dim=0) / weights.sum()
+        if (better - guess).norm() <= tolerance * better.norm():
+            return better
+        guess = better
+    return guess

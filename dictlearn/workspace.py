@@ -1,0 +1,138 @@
+"""The workspace: a folder that holds what belongs together. This file alone names what is in it.
+
+    stores/<name>.zarr      activation stores
+    runs/<name>/            config.yaml, metrics.jsonl, checkpoint.pt, dictionary/, evaluation.json
+    indexes/<name>.zarr     feature indexes
+    graphs/<name>.json      attribution graphs
+    notes.sqlite            what a person wrote about features
+
+Every command takes a name and finds the thing here; a path to something elsewhere works too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from activation_store.errors import UserError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one training run."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def dictionary(self) -> Path:
+        return self.folder / "dictionary"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths by kind and name. Making one touches nothing on disk."""
+
+    root: Path = Path("workspace")
+
+    def store(self, name: str) -> Path:
+        return self._path("stores", name, ".zarr")
+
+    def run(self, name: str) -> RunFiles:
+        return RunFiles(self._path("runs", name, ""))
+
+    def index(self, name: str) -> Path:
+        return self._path("indexes", name, ".zarr")
+
+    def graph(self, name: str) -> Path:
+        return self._path("graphs", name, ".json")
+
+    @property
+    def notes(self) -> Path:
+        return self.root / "notes.sqlite"
+
+    def existing_store(self, name: str) -> Path:
+        """Raises UserError naming the stores there are."""
+        return self._existing(self.store(name), "store", name, self.stores(), "Harvest one with `dictlearn harvest`.")
+
+    def existing_run(self, name: str) -> RunFiles:
+        """Raises UserError naming the runs there are."""
+        files = self.run(name)
+        self._existing(files.folder, "run", name, self.runs(), "Train one with `dictlearn train`.")
+        return files
+
+    def existing_index(self, name: str) -> Path:
+        """Raises UserError naming the indexes there are."""
+        return self._existing(self.index(name), "index", name, self.indexes(), "Make one with `dictlearn index`.")
+
+    def existing_graph(self, name: str) -> Path:
+        """Raises UserError naming the graphs there are."""
+        return self._existing(self.graph(name), "graph", name, self.graphs(), "Make one with `dictlearn circuit`.")
+
+    def stores(self) -> list[str]:
+        return self._names("stores", ".zarr")
+
+    def runs(self) -> list[str]:
+        return self._names("runs", "")
+
+    def indexes(self) -> list[str]:
+        return self._names("indexes", ".zarr")
+
+    def graphs(self) -> list[str]:
+        return self._names("graphs", ".json")
+
+    def _path(self, kind: str, name: str, suffix: str) -> Path:
+        if "/" in name or "\\" in name:
+            return Path(name)
+        if not NAME.fullmatch(name):
+            raise UserError(f"{name!r} is no name for something in a workspace; use letters, digits, '.', '_' and '-'.")
+        return self.root / kind / (name.removesuffix(suffix) + suffix if suffix else name)
+
+    def _names(self, kind: str, suffix: str) -> list[str]:
+        folder = self.root / kind
+        if not folder.is_dir():
+            return []
+        return sorted(path.name.removesuffix(suffix) for path in folder.iterdir() if path.name.endswith(suffix))
+
+    def _existing(self, path: Path, kind: str, name: str, there_are: list[str], make: str) -> Path:
+        if path.exists():
+            return path
+        if there_are:
+            near = difflib.get_close_matches(name, there_are, n=3) or there_are[:5]
+            raise UserError(
+                f"There is no {kind} {name!r} in {str(self.root)!r}; did you mean {', '.join(near)}? {make}"
+            )
+        raise UserError(f"There is no {kind} {name!r}: the workspace {str(self.root)!r} holds no {kind} yet. {make}")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of ours; raises UserError naming it when it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}); restore it or make it again.") from error
