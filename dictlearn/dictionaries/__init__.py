@@ -10,13 +10,21 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from activation_store.errors import UserError
+from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary
 
 REGISTRY = {
     "topk": "dictlearn.dictionaries.topk:TopK",
+    "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
+CONFIGS = {config.kind: config for config in (TopKConfig, ICFLConfig)}
+
+
+def config_class(kind: str) -> type:
+    """The config of a kind; torch-free for the built-in ones. Raises UserError naming the kinds there are."""
+    return CONFIGS[kind] if kind in CONFIGS else dictionary_class(kind).Config
 
 
 def dictionary_class(kind: str) -> type[Dictionary]:

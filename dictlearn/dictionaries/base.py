@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,21 @@ class Loss:
     terms: dict[str, Tensor]
     codes: Codes
     output: Tensor
+
+
+class ControlStatistics(Protocol):
+    """What centring and whitening need to know of the control rows (a store's statistics of one hook have it).
+
+    Attributes:
+        mean: (D,) float64.
+        second_moment: (D, D) float64, the mean of outer products.
+    """
+
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def second_moment(self) -> np.ndarray: ...
 
 
 class Dictionary(nn.Module):
@@ -73,8 +89,10 @@ class Dictionary(nn.Module):
         """The training loss on raw activations (B, D) and targets (B, O); no target means x itself."""
         raise NotImplementedError
 
-    def initialise(self, x: Tensor, target: Tensor | None, generator: torch.Generator) -> None:
-        """Set parameters and scales from a first large batch of raw activations."""
+    def initialise(
+        self, x: Tensor, target: Tensor | None, generator: torch.Generator, control: ControlStatistics
+    ) -> None:
+        """Set parameters and scales from a first large batch of raw activations and the control rows' statistics."""
         raise NotImplementedError
 
     def fold(self) -> Self:

@@ -40,11 +40,55 @@ class TopKConfig:
             raise UserError(f"k_aux is {self.k_aux}; it must lie between 1 and d_sae ({self.d_sae}).")
 
 
+@dataclass(frozen=True)
+class ICFLConfig:
+    """Iterative codebook feature learning: codes by matching pursuit, no learned encoder (arXiv 2412.16247)."""
+
+    kind: ClassVar[str] = "icfl"
+
+    d_sae: int = 2048
+    """Number of atoms."""
+    rounds: int = 8
+    """Pursuit rounds (J)."""
+    width: int = 4
+    """Atoms chosen per round (L); a row has at most rounds * width active."""
+    whiten: bool = True
+    """Whether activations are PCA-whitened by the control rows' covariance."""
+    shrinkage: float = 0.01
+    """Added to every eigenvalue of that covariance, as a share of their mean."""
+    select_by_cosine: bool = True
+    """Whether atoms are chosen by cosine with the residual; otherwise by inner product."""
+    reset_every: int = 100
+    """Steps between two searches for atoms that point the same way."""
+    reset_cosine: float = 0.9
+    """Of two atoms closer than this, one is drawn anew."""
+    dead_after_rows: int = 10_000_000
+    """An atom counts as dead when it has not fired for this many rows (tokens)."""
+
+    @property
+    def k(self) -> int:
+        """Most atoms active per row."""
+        return self.rounds * self.width
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_positive(self, "d_sae", "rounds", "width", "reset_every", "dead_after_rows")
+        if d_in != d_out:
+            raise UserError("ICFL rebuilds its own input and has no target hook; leave target_hook out, or use topk.")
+        if self.width > self.d_sae:
+            raise UserError(f"width is {self.width}, more than the {self.d_sae} atoms of d_sae; lower it.")
+        if self.k > d_in:
+            raise UserError(
+                f"rounds * width is {self.k}, more than the activation's width {d_in}: the residual would vanish and "
+                "nothing would be learned; lower rounds or width."
+            )
+        if not 0 <= self.shrinkage <= 1:
+            raise UserError(f"shrinkage is {self.shrinkage}; it must lie between 0 and 1.")
+        if not 0 < self.reset_cosine <= 1:
+            raise UserError(f"reset_cosine is {self.reset_cosine}; it must lie above 0 and at most at 1.")
+
+
 def _check_positive(config: object, *fields: str) -> None:
     for field in fields:
         if getattr(config, field) < 1:
             raise UserError(f"{field} is {getattr(config, field)}; it must be at least 1.")
-
-
-AnyDictionaryConfig = TopKConfig
-"""Union of the built-in configs, for the typed edge (YAML, command line)."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Dictionary, Loss
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss
 from dictlearn.dictionaries.configs import TopKConfig
 
 
@@ -69,7 +69,9 @@ class TopK(Dictionary):
         return Loss(total, terms, codes, output_BO.detach() * self.target_scale)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, target: Tensor | None, generator: torch.Generator) -> None:
+    def initialise(
+        self, x: Tensor, target: Tensor | None, generator: torch.Generator, control: ControlStatistics
+    ) -> None:
         """Unit random decoder rows, the encoder their transpose, b_dec the geometric median of the target.
 
         Scales make the target's per-coordinate variance 1 on average, so the mse term starts near the FVU's unit. A

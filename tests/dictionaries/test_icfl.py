@@ -1,0 +1,115 @@
+"""ICFL: the contract, its pursuit against a per-row reference that forms the residual, whitening and resets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from activation_store.errors import UserError
+from dictlearn.dictionaries.configs import ICFLConfig
+from dictlearn.dictionaries.icfl import ICFL, RIDGE, whitening
+from dictlearn.testing.dictionary import DictionaryTests
+
+
+def pursue_slowly(row: Tensor, atoms: Tensor, config: ICFLConfig) -> Tensor:
+    """Algorithm 1 of arXiv 2412.16247 for one row, with an explicit residual: (S,) dense codes."""
+    z, residual = row.new_zeros(len(atoms)), row.clone()
+    for _ in range(config.rounds):
+        scores = atoms @ residual
+        if config.select_by_cosine:
+            scores = scores / atoms.norm(dim=1)
+        chosen = scores.topk(config.width).indices
+        W = atoms[chosen]
+        c = torch.linalg.solve(W @ W.T + RIDGE * torch.eye(len(chosen), dtype=row.dtype), W @ residual)
+        z[chosen] += c
+        residual = residual - c @ W
+    return z
+
+
+class TestICFL(DictionaryTests):
+    transcodes = False
+
+    def make(self, d_in: int, d_out: int | None) -> ICFL:
+        return ICFL(ICFLConfig(d_sae=20, rounds=3, width=2, reset_every=3), d_in, d_out)
+
+    def reference_loss(self, dictionary: ICFL, x: Tensor, target: Tensor | None) -> Tensor:
+        atoms = dictionary.atoms
+        u = (x - dictionary.mean) @ dictionary.whiten
+        unit = u / u.norm(dim=1, keepdim=True)
+        with torch.no_grad():
+            z = torch.stack([pursue_slowly(row, atoms, dictionary.config) for row in unit])
+        return (unit - z @ atoms).square().sum(dim=1).mean()
+
+    @pytest.mark.parametrize("by_cosine", [True, False])
+    def test_codes_equal_the_per_row_reference(self, by_cosine):
+        config = ICFLConfig(d_sae=20, rounds=4, width=3, select_by_cosine=by_cosine)
+        dictionary = ICFL(config, 12).double()
+        dictionary.initialise(self.data(False)[0], None, torch.Generator().manual_seed(0), self.control())
+        x = self.data(False, seed=1)[0].double()
+        u = (x - dictionary.mean) @ dictionary.whiten
+        expected = torch.stack(
+            [pursue_slowly(row / row.norm(), dictionary.atoms.detach(), config) * row.norm() for row in u]
+        )
+        torch.testing.assert_close(dictionary.encode(x).dense(), expected, rtol=1e-7, atol=1e-8)
+
+    def test_more_rounds_never_reconstruct_worse(self):
+        errors = []
+        for rounds in (1, 2, 4):
+            dictionary = ICFL(ICFLConfig(d_sae=20, rounds=rounds, width=2), 12).double()
+            dictionary.initialise(self.data(False)[0], None, torch.Generator().manual_seed(0), self.control())
+            x = self.data(False, seed=1)[0].double()
+            errors.append((((x - dictionary(x)) @ dictionary.whiten).square().sum()).item())
+        assert errors[0] > errors[1] > errors[2]
+
+    def test_close_atoms_are_redrawn_and_their_moments_forgotten(self):
+        dictionary = self.trained(False, updates=2)
+        optimiser = torch.optim.Adam([dictionary.atoms], lr=0.0)
+        dictionary.loss(self.data(False)[0]).total.backward()
+        optimiser.step()
+        with torch.no_grad():
+            dictionary.atoms[7] = 2 * dictionary.atoms[3]
+        kept = dictionary.atoms[3].clone()
+        said = dictionary.after_update(optimiser, 2, torch.Generator().manual_seed(1))
+        assert said["resets"] >= 1
+        assert torch.equal(dictionary.atoms[3], kept)
+        assert torch.cosine_similarity(dictionary.atoms[3], dictionary.atoms[7], dim=0) < 0.9
+        assert dictionary.atoms[7].norm().item() == pytest.approx(1, abs=1e-6)
+        assert not optimiser.state[dictionary.atoms]["exp_avg"][7].any()
+        assert optimiser.state[dictionary.atoms]["exp_avg"][3].any()
+
+    def test_equal_atoms_in_one_round_stay_finite(self):
+        dictionary = self.trained(False)
+        with torch.no_grad():
+            dictionary.atoms[1:] = dictionary.atoms[0]
+        assert torch.isfinite(dictionary(self.data(False)[0])).all()
+
+
+def test_whitening_gives_control_rows_zero_mean_and_unit_covariance():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5000, 6, generator=generator, dtype=torch.float64) @ torch.randn(
+        6, 6, generator=generator, dtype=torch.float64
+    )
+    rows = rows + 10
+    control = SimpleNamespace(mean=rows.mean(dim=0).numpy(), second_moment=(rows.T @ rows / len(rows)).numpy())
+    whiten, unwhiten = whitening(control, shrinkage=0.0)
+    white = (rows - rows.mean(dim=0)) @ whiten
+    torch.testing.assert_close(white.T @ white / len(white), torch.eye(6, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(whiten @ unwhiten, torch.eye(6, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "d_out", "sentence"),
+    [
+        ({"rounds": 5, "width": 4}, 16, "rounds \\* width is 20, more than the activation's width 16"),
+        ({}, 8, "ICFL rebuilds its own input"),
+        ({"rounds": 0}, 16, "rounds is 0"),
+        ({"rounds": 1, "width": 9, "d_sae": 8}, 16, "width is 9, more than the 8 atoms"),
+        ({"rounds": 1, "shrinkage": 2.0}, 16, "shrinkage is 2.0"),
+    ],
+)
+def test_impossible_numbers_are_refused_in_a_sentence(numbers, d_out, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ICFL(ICFLConfig(**numbers), 16, d_out)
