@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def open_corpus(name: str, text_field: str = "text", limit_chars: int | None = N
         corpus = _read_stdlib()
     elif name.startswith("hub:"):
         corpus = _read_hub(name, text_field, limit_chars)
-    elif Path(name).exists():
+    elif name and os.path.exists(name):  # false, not an error, for a name too long for the file system
         corpus = _read_path(Path(name), text_field, limit_chars)
     else:
         raise UserError(
@@ -173,39 +173,74 @@ def _append_text(documents: list[Document], left_out: dict[str, int], path: Path
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
-        left_out["undecodable"] = left_out.get("undecodable", 0) + 1
+        _count(left_out, "undecodable")
         return
+    except OSError as error:
+        raise UserError(f"The file {str(path)!r} cannot be read: {error.strerror}.") from error
     if not text.strip():
-        left_out["empty"] = left_out.get("empty", 0) + 1
+        _count(left_out, "empty")
         return
     documents.append(Document(document_id, text))
 
 
+def _count(left_out: dict[str, int], reason: str) -> None:
+    left_out[reason] = left_out.get(reason, 0) + 1
+
+
 def _read_path(path: Path, text_field: str, limit_chars: int | None) -> Corpus:
-    documents: list[Document] = []
-    left_out: dict[str, int] = {}
     root = path if path.is_dir() else path.parent
     known = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
     files = list(_walk(path, known)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"The folder {str(path)!r} holds no file ending in {', '.join(known)}.")
+    left_out: dict[str, int] = {}
+    documents = (
+        document
+        for file in files
+        for document in _file_documents(file, file.relative_to(root).as_posix(), text_field, left_out)
+    )
+    return _gathered(str(path), documents, left_out, limit_chars)
+
+
+def _file_documents(file: Path, document_id: str, text_field: str, left_out: dict[str, int]) -> Iterator[Document]:
+    if file.suffix == ".jsonl":
+        yield from _jsonl_documents(file, document_id, text_field)
+    elif file.suffix == ".parquet":
+        yield from _parquet_documents(file, document_id, text_field)
+    else:
+        whole: list[Document] = []
+        _append_text(whole, left_out, file, document_id)
+        for document in whole:
+            yield from _sections(document)
+
+
+def _gathered(name: str, documents: Iterator[Document], left_out: dict[str, int], limit_chars: int | None) -> Corpus:
+    """The documents that hold text, up to the limit; ``left_out`` counts the others by reason."""
+    kept: list[Document] = []
+    origin: dict[str, str] = {}
     chars = 0
-    for file in files:
-        before = len(documents)
-        document_id = file.relative_to(root).as_posix()
-        if file.suffix == ".jsonl":
-            documents.extend(_jsonl_documents(file, document_id, text_field))
-        elif file.suffix == ".parquet":
-            documents.extend(_parquet_documents(file, document_id, text_field))
-        else:
-            whole: list[Document] = []
-            _append_text(whole, left_out, file, document_id)
-            for document in whole:
-                documents.extend(_sections(document))
-        chars += sum(len(document.text) for document in documents[before:])
+    for document in documents:
+        if not document.text.strip():
+            _count(left_out, "empty")
+            continue
+        if not _is_encodable(document.text):
+            _count(left_out, "undecodable")
+            continue
+        kept.append(document)
+        chars += len(document.text)
         if limit_chars is not None and chars >= limit_chars:
+            origin["read"] = f"the first {limit_chars:,} characters"
             break
-    return Corpus(str(path), [d for d in documents if d.text.strip()], left_out)
+    return Corpus(name, kept, left_out, origin)
+
+
+def _is_encodable(text: str) -> bool:
+    """False for text with half a surrogate pair: JSON can spell one, but it is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sections(document: Document) -> Iterator[Document]:
@@ -232,7 +267,7 @@ def _jsonl_documents(file: Path, document_id: str, text_field: str) -> Iterator[
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"Line {number} of {str(file)!r} is not JSON: {error}.") from error
             if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
                 raise UserError(
@@ -243,20 +278,31 @@ def _jsonl_documents(file: Path, document_id: str, text_field: str) -> Iterator[
 
 
 def _parquet_documents(file: Path, document_id: str, text_field: str) -> Iterator[Document]:
+    import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(file)
-    if text_field not in table.schema_arrow.names:
-        raise UserError(
-            f"{str(file)!r} has no column {text_field!r}; its columns are {', '.join(table.schema_arrow.names)}. "
-            "Name the one that holds the text with --text-field."
-        )
-    number = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            if text is not None:
-                yield Document(f"{document_id}#{number}", text)
-            number += 1
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        schema = table.schema_arrow
+        if text_field not in schema.names:
+            raise UserError(
+                f"{str(file)!r} has no column {text_field!r}; its columns are {', '.join(schema.names)}. "
+                "Name the one that holds the text with --text-field."
+            )
+        kind = schema.field(text_field).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UserError(
+                f"The column {text_field!r} of {str(file)!r} holds {kind}, not text; its columns are "
+                f"{', '.join(schema.names)}. Name the one that holds the text with --text-field."
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    yield Document(f"{document_id}#{number}", text)
+                number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(file)!r} is damaged or no Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _read_hub(name: str, text_field: str, limit_chars: int | None) -> Corpus:
@@ -267,20 +313,21 @@ def _read_hub(name: str, text_field: str, limit_chars: int | None) -> Corpus:
     split = parts[2] if len(parts) > 2 else "train"
     try:
         stream = datasets.load_dataset(parts[0], config, split=split, streaming=True)
+        return _gathered(name, _hub_documents(stream, parts[0], split, text_field), {}, limit_chars)
+    except UserError:
+        raise
     except Exception as error:  # the library raises a dozen unrelated kinds for "not there" and "no network"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"The hub data set {parts[0]!r} cannot be read: {str(error).splitlines()[0]} "
-            "Check the name and the network, or name a local file."
+            f"The hub data set {parts[0]!r} cannot be read: {reason} Check the name and the network, or name a local file."
         ) from error
-    documents, chars = [], 0
+
+
+def _hub_documents(stream: Iterable[dict], dataset: str, split: str, text_field: str) -> Iterator[Document]:
     for number, record in enumerate(stream):
         if not isinstance(record.get(text_field), str):
             raise UserError(
-                f"The hub data set {parts[0]!r} has no text under {text_field!r}; its columns are "
+                f"The hub data set {dataset!r} has no text under {text_field!r}; its columns are "
                 f"{', '.join(record)}. Name the one that holds the text with --text-field."
             )
-        documents.append(Document(f"{parts[0]}:{split}#{number}", record[text_field]))
-        chars += len(record[text_field])
-        if limit_chars is not None and chars >= limit_chars:
-            break
-    return Corpus(name, [d for d in documents if d.text.strip()], {})
+        yield Document(f"{dataset}:{split}#{number}", record[text_field])
