@@ -53,6 +53,16 @@ class RunFiles:
     def evaluation(self) -> Path:
         return self.folder / "evaluation.json"
 
+    def last_metrics(self) -> dict[str, Any]:
+        """The last whole line of metrics.jsonl; empty before the first."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        for line in reversed(lines):
+            try:
+                return dict(json.loads(line))
+            except ValueError:  # the line that a kill cut in half
+                continue
+        return {}
+
 
 @dataclass(frozen=True)
 class Workspace:

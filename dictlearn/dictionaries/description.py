@@ -1,4 +1,4 @@
-"""The description beside a saved dictionary's weights. No torch here: commands read it to refuse before anything loads."""
+"""The description beside a saved dictionary's weights, read without torch, so that commands can refuse early."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class ICFL(Dictionary):
         self, x: Tensor, target: Tensor | None, generator: torch.Generator, control: ControlStatistics
     ) -> None:
         """Mean and whitening from the control rows; atoms uniform as in a torch Linear, which the paper uses."""
-        self.mean.copy_(torch.as_tensor(control.mean).flatten())
+        self.mean.copy_(torch.tensor(control.mean).flatten())
         if self.config.whiten:
             whiten, unwhiten = whitening(control, self.config.shrinkage)
             self.whiten.copy_(whiten)
@@ -155,8 +155,8 @@ def whitening(control: ControlStatistics, shrinkage: float) -> tuple[Tensor, Ten
     Eigenvalues are shrunk, ``s + shrinkage * mean(s)``: directions in which few control rows vary are noise that
     dividing by a near-zero ``s`` would amplify.
     """
-    mean = torch.as_tensor(control.mean, dtype=torch.float64).flatten()
-    covariance = torch.as_tensor(control.second_moment, dtype=torch.float64) - mean[:, None] * mean
+    mean = torch.tensor(control.mean, dtype=torch.float64).flatten()
+    covariance = torch.tensor(control.second_moment, dtype=torch.float64) - mean[:, None] * mean
     s, U = torch.linalg.eigh(covariance)
     s = s.clamp_min(0) + shrinkage * s.clamp_min(0).mean()
     return U * s.rsqrt(), (U * s.sqrt()).T

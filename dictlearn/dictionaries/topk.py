@@ -5,8 +5,8 @@ the AuxK loss and the initialisation; Makhzani and Frey 2013 (arXiv 1312.5663) f
 
     codes = ReLU(TopK(W_enc (x - b_pre) + b_enc))        output = codes W_dec + b_dec
 
-An autoencoder's b_pre is its b_dec. A transcoder's target is another hook's activation, so it has no b_pre. Decoder rows
-have unit norm: the component of their gradient along themselves is removed before each update, the norm restored after.
+An autoencoder's b_pre is its b_dec. A transcoder's target is another hook's activation, so it has no b_pre. Decoder
+rows have unit norm: before each update their gradient loses its component along them, after it the norm is restored.
 
 Axes: B rows, D input width, O output width, S latents, K active per row.
 """
@@ -115,7 +115,7 @@ class TopK(Dictionary):
         return folded
 
     def _encoder_bias(self) -> Tensor:
-        """b_enc with the pre-bias inside. Its gradient reaches b_dec through one matrix-vector product, not B of them."""
+        """b_enc with the pre-bias inside; the gradient reaches b_dec by one matrix-vector product, not B of them."""
         return self.b_enc - self.W_enc @ self.b_dec if self.subtracts_b_dec else self.b_enc
 
 

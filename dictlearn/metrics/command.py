@@ -54,7 +54,9 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
 
     files = workspace.existing_run(config.run)
     if not files.dictionary.exists():
-        raise UserError(f"The run {config.run!r} has not finished training; run `dictlearn train` on it again to continue.")
+        raise UserError(
+            f"The run {config.run!r} has not finished training; run `dictlearn train` on it again to continue."
+        )
     made_from = describe(files.dictionary)["provenance"]
     store = open_store(workspace.existing_store(config.store or made_from["store"]["name"]))
     if store.manifest.provenance["model"]["fingerprint"] != made_from["model"]["fingerprint"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def token_windows(
     for start, stop in store.split_rows(SPLIT):
         documents, token_ids = store.documents(start, stop), store.token_ids(start, stop)
         edges = [0, *(np.flatnonzero(np.diff(documents)) + 1), stop - start]
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             for begin in range(first, last, length):
                 window = token_ids[begin : min(begin + length, last)]
                 if len(window) < 2 or left <= 0:

@@ -77,7 +77,7 @@ def measure_reconstruction(
         output_BO = dictionary.decode(codes)
         if shift is None:
             shift = y_BO.double().mean(dim=0)
-        error_BO = (y_BO - output_BO).double()
+        error_BO = y_BO.double() - output_BO.double()
         shifted_BO = y_BO.double() - shift
         for name, value in (
             ("error", error_BO.sum(dim=0)),

@@ -3,8 +3,8 @@
     with splice(model, {"blocks.2.hook_mlp_out": transcoder}):
         logits = model(tokens)
 
-An autoencoder replaces a hook's activation by its reconstruction of it. A transcoder replaces its output hook by what it
-predicts from its input hook, wherever that is. Leaving the block removes every hook, also after an exception.
+An autoencoder replaces a hook's activation by its reconstruction of it. A transcoder replaces its output hook by what
+it predicts from its input hook, wherever that is. Leaving the block removes every hook, also after an exception.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 def encode_topk(x_BD: Tensor, W_enc_SD: Tensor, b_enc_S: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each row, through a ReLU: ``(values_BK, indices_BK)``.
 
-    Gao et al. 2024 (arXiv 2406.04093), section 2.3. Values are differentiable in all three inputs; the selection is not.
+    Gao et al. 2024 (arXiv 2406.04093), section 2.3. Values are differentiable in all three inputs, the selection not.
     """
     pre_BS = x_BD @ W_enc_SD.T + b_enc_S
     values_BK, indices_BK = pre_BS.topk(k, dim=1, sorted=False)

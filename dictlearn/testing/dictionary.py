@@ -169,7 +169,9 @@ class DictionaryTests:
         assert torch.equal(dictionary.rows_since_fired[~fired], before[~fired] + len(codes))
         assert "rows_since_fired" in dictionary.state_dict()
 
-    @pytest.mark.parametrize("damage", ["truncated weights", "missing weights", "damaged description", "no description"])
+    @pytest.mark.parametrize(
+        "damage", ["truncated weights", "missing weights", "damaged description", "no description"]
+    )
     def test_a_damaged_folder_is_refused_by_name(self, tmp_path: Path, damage: str):
         folder = save(self.trained(False), tmp_path / "dictionary")
         weights, description = folder / "dictionary.safetensors", folder / "dictionary.json"

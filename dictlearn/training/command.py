@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from activation_store.errors import UserError
 from activation_store.progress import NoProgress, Progress
-from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.workspace import RunFiles, Workspace
 
 if TYPE_CHECKING:
@@ -41,12 +40,12 @@ class TrainConfig(Generic[DictionaryConfig]):
     """Name or path of the activation store."""
     hook: str
     """Hook whose activation is encoded, such as blocks.2.hook_resid_post."""
+    dictionary: DictionaryConfig
+    """The dictionary and its numbers."""
     target_hook: str | None = None
     """Hook to predict; a transcoder when given, an autoencoder of `hook` when not."""
     control_store: str | None = None
     """Store whose mean and covariance centre and whiten the activations; `store` itself when not given."""
-    dictionary: DictionaryConfig = field(default_factory=TopKConfig)  # type: ignore[assignment]
-    """The dictionary and its numbers."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     """Learning rate and schedule."""
     batch_size: int = 4096
@@ -93,8 +92,8 @@ def check(config: TrainConfig[Any], workspace: Workspace) -> tuple[Store, Store,
     control = store if config.control_store is None else open_store(workspace.existing_store(config.control_store))
     if _width(control, config.hook) != d_in or _model(control) != _model(store):
         raise UserError(
-            f"The control store {config.control_store!r} was not made by the model of {config.store!r}; name a store of "
-            "the same model that holds the same hook."
+            f"The control store {config.control_store!r} was not made by the model of {config.store!r}; name a "
+            "store of the same model that holds the same hook."
         )
     for name in ("batch_size", "buffer_rows", "log_every", "checkpoint_every"):
         if getattr(config, name) < 1:

@@ -141,8 +141,8 @@ def claim(config: TrainConfig[Any], files: RunFiles) -> None:
         if differing:
             key = differing[0]
             raise UserError(
-                f"The run {files.name!r} exists with another configuration ({key}: {there.get(key)!r}, now {record[key]!r}); "
-                "choose another name, or delete the old run."
+                f"The run {files.name!r} exists with another configuration ({key}: {there.get(key)!r}, now {record[key]!r})"
+                "; choose another name, or delete the old run."
             )
         return
     files.folder.mkdir(parents=True, exist_ok=True)

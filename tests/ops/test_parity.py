@@ -56,8 +56,9 @@ def test_outputs_and_gradients_equal_the_reference(backend, shape, restrict):
     torch.testing.assert_close(activations[0], activations[1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-12, atol=1e-12)
     generator = torch.Generator().manual_seed(seed + 1)
-    weights = torch.randn(B, S, generator=generator, dtype=torch.float64), torch.randn(
-        B, O, generator=generator, dtype=torch.float64
+    weights = (
+        torch.randn(B, S, generator=generator, dtype=torch.float64),
+        torch.randn(B, O, generator=generator, dtype=torch.float64),
     )
     for output, weight in ((0, weights[0]), (1, weights[1])):
         gradients = []

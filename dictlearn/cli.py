@@ -1,0 +1,272 @@
+"""The command line: a table from verb to the function that parses, runs and shows it.
+
+Nothing here imports torch: help and refusals answer at once. A mistake of the user's is one sentence and exit code 2;
+`--debug` shows where it was raised. Ctrl-C is 130, and what was finished stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes
+
+from activation_store.errors import UserError
+from dictlearn import terminal
+from dictlearn.workspace import Workspace
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Call(Generic[Config]):
+    """What every verb takes besides its own configuration."""
+
+    config: OmitArgPrefixes[Config]
+    workspace: Path = Path("workspace")
+    """Folder that holds stores, runs, indexes and graphs."""
+    dry_run: bool = False
+    """Say what would be done (rows, bytes, memory, time) and do nothing."""
+    json: bool = False
+    """Print the result as JSON."""
+    debug: bool = False
+    """Show the traceback of a refusal."""
+
+
+def parse(verb: str, config: Any, args: list[str], default: Any = None, about: str | None = None) -> Call[Any]:
+    """The command line of one verb as a `Call` of its configuration class."""
+    marked = Annotated[Call[config], OmitArgPrefixes, OmitSubcommandPrefixes, FlagCreatePairsOff]
+    extra = {} if default is None else {"default": Call(config=default)}
+    about = about or (config.__doc__ or "")
+    return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, **extra)  # type: ignore[no-any-return]
+
+
+def say(call: Call[Any], result: Any, show: Callable[[Any], None]) -> None:
+    """A dataclass as JSON, or drawn by ``show``."""
+    if call.json:
+        terminal.print_line(json.dumps(dataclasses.asdict(result), default=str))
+    else:
+        show(result)
+
+
+# --- the verbs --------------------------------------------------------------------------------------------------------
+
+
+def harvest(args: list[str]) -> None:
+    from activation_store.harvest.run import HarvestConfig, describe
+    from activation_store.harvest.run import harvest as run
+
+    call = parse("harvest", HarvestConfig, args)
+    workspace = Workspace(call.workspace)
+    config = dataclasses.replace(call.config, store=str(workspace.store(call.config.store)))
+    if call.dry_run:
+        say(call, describe(config), show_plan)
+        return
+    path = run(config, terminal.TerminalProgress())
+    from activation_store.store import open_store
+
+    store = open_store(path)
+    terminal.print_line(f"{path}: {store.rows:,} rows of {', '.join(store.hooks)}.")
+
+
+def train(args: list[str]) -> None:
+    from dictlearn.dictionaries import config_class
+    from dictlearn.training.command import TrainConfig, check, config_from_yaml, run_train
+
+    default = None
+    if args and not args[0].startswith("-"):
+        default, args = config_from_yaml(args[0]), args[1:]
+    kind, args = take_option(args, "--kind", default.dictionary.kind if default else "topk")
+    about = (
+        "Fit one dictionary to a store's training documents. Name a CONFIG.yaml first, options after it override; "
+        "or give everything by options, beginning with --kind topk (default) or --kind icfl."
+    )
+    call = parse("train", TrainConfig[config_class(kind)], args, default, about)  # type: ignore[misc]
+    workspace = Workspace(call.workspace)
+    if call.dry_run:
+        say(call, check(call.config, workspace)[2], show_plan)
+        return
+    files = run_train(call.config, workspace, terminal.TerminalProgress())
+    last = files.last_metrics()
+    say_last = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in last)
+    terminal.print_line(f"{files.dictionary}: step {last['step']:,}, {say_last}.")
+
+
+def evaluate(args: list[str]) -> None:
+    from dictlearn.metrics.command import EvaluateConfig, run_evaluate
+
+    call = parse("evaluate", EvaluateConfig, args)
+    evaluation = run_evaluate(call.config, Workspace(call.workspace), terminal.TerminalProgress())
+    say(call, evaluation, lambda result: show_evaluations([result]))
+
+
+def store(args: list[str]) -> None:
+    subverb, rest = (args[0], args[1:]) if args else ("--help", [])
+    if subverb not in ("info", "verify"):
+        terminal.print_line("usage: dictlearn store info|verify NAME [--workspace FOLDER]")
+        raise SystemExit(0 if subverb in ("-h", "--help") else 2)
+    call = parse(f"store {subverb}", StoreConfig, rest)
+    path = Workspace(call.workspace).existing_store(call.config.store)
+    if subverb == "info":
+        show_store(path)
+        return
+    from activation_store.verify import verify
+
+    damaged = verify(path, progress=terminal.TerminalProgress())
+    if damaged:
+        raise UserError(f"The store {path.name!r} is damaged: {'; '.join(str(part) for part in damaged)}.")
+    terminal.print_line(f"{path}: every shard and every metadata file is as it was written.")
+
+
+def index(args: list[str]) -> None:
+    from dictlearn.feature_index.command import IndexConfig, run_index
+
+    call = parse("index", IndexConfig, args)
+    path = run_index(call.config, Workspace(call.workspace), terminal.TerminalProgress())
+    terminal.print_line(f"{path}: browse it with `dictlearn app`.")
+
+
+def circuit(args: list[str]) -> None:
+    from dictlearn.circuits.command import CircuitConfig, run_circuit
+
+    call = parse("circuit", CircuitConfig, args)
+    path = run_circuit(call.config, Workspace(call.workspace), terminal.TerminalProgress())
+    terminal.print_line(f"{path}: see it with `dictlearn app`.")
+
+
+def app(args: list[str]) -> None:
+    from dictlearn.app_command import AppConfig, run_app
+
+    call = parse("app", AppConfig, args)
+    run_app(call.config, Workspace(call.workspace))
+
+
+def demo(args: list[str]) -> None:
+    from dictlearn.demo import DemoConfig, run_demo
+
+    call = parse("demo", DemoConfig, args)
+    run_demo(call.config, Workspace(call.workspace), terminal.TerminalProgress())
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "demo": (demo, "run the whole line on the bundled language model"),
+    "harvest": (harvest, "cache a language model's activations in a store"),
+    "train": (train, "fit a dictionary to a store"),
+    "evaluate": (evaluate, "measure a trained dictionary on held-out documents"),
+    "index": (index, "index every activation of a dictionary's features"),
+    "circuit": (circuit, "trace a next-token prediction through transcoder features and heads"),
+    "app": (app, "browse the workspace"),
+    "store": (store, "look into an activation store, or verify it"),
+}
+
+
+# --- parsing and showing ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Look into an activation store, or verify it."""
+
+    store: Annotated[str, tyro.conf.Positional]
+    """Name or path of the store."""
+
+
+def take_option(args: list[str], flag: str, default: str) -> tuple[str, list[str]]:
+    """Take ``flag VALUE`` or ``flag=VALUE`` out of ``args``: the kind decides which options there are at all."""
+    for position, arg in enumerate(args):
+        if arg == flag and position + 1 < len(args):
+            return args[position + 1], args[:position] + args[position + 2 :]
+        if arg.startswith(flag + "="):
+            return arg.removeprefix(flag + "="), args[:position] + args[position + 1 :]
+    return default, args
+
+
+def show_plan(plan: Any) -> None:
+    facts = {}
+    for name, value in dataclasses.asdict(plan).items():
+        words = name.replace("_", " ")
+        if isinstance(value, int) and "bytes" in name:
+            facts[words.replace("bytes", "").strip() or words] = terminal.bytes_in_words(value)
+        else:
+            facts[words] = f"{value:,}" if isinstance(value, int) else value
+    terminal.print_facts("This would be done", facts)
+
+
+def show_store(path: Path) -> None:
+    from activation_store.store import open_store
+
+    opened = open_store(path)
+    made_from = opened.manifest.provenance
+    terminal.print_facts(
+        str(path),
+        {
+            "model": made_from["model"]["name"],
+            "corpus": made_from["corpus"]["name"],
+            "rows": f"{opened.rows:,}{'' if opened.complete else ' (still growing)'}",
+            "training rows": f"{sum(b - a for a, b in opened.split_rows('train')):,}",
+            "held-out rows": f"{sum(b - a for a, b in opened.split_rows('held-out')):,}",
+        },
+    )
+    rows = []
+    for hook in opened.hooks:
+        norm = f"{opened.statistics(hook).mean_norm:.2f}" if opened.complete else "not yet"
+        rows.append([hook, opened.d(hook), norm])
+    terminal.print_table("", ["hook", "width", "mean norm"], rows)
+
+
+def show_evaluations(evaluations: list[Any]) -> None:
+    """Runs side by side: a column each."""
+    rows: list[list[object]] = [
+        ["hook", *(e.hook_in if e.hook_in == e.hook_out else f"{e.hook_in} -> {e.hook_out}" for e in evaluations)]
+    ]
+    for section in ("reconstruction", "downstream"):
+        measured = [getattr(evaluation, section) or {} for evaluation in evaluations]
+        names = list(dict.fromkeys(name for values in measured for name in values))
+        rows += [[name, *(values.get(name, "") for values in measured)] for name in names]
+    terminal.print_table(
+        "held-out documents; cross-entropies in nats per token", ["", *(e.run for e in evaluations)], rows
+    )
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, (_, words) in VERBS.items())
+    return (
+        "dictlearn: a local workbench for sparse dictionaries of neural-network activations\n\n"
+        f"usage: dictlearn VERB [OPTIONS]\n\n{verbs}\n\n"
+        "`dictlearn VERB --help` explains a verb. Things live in ./workspace unless --workspace names another folder."
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        terminal.print_line(usage())
+        raise SystemExit(0)
+    if args[0] == "--version":
+        from dictlearn import __version__
+
+        terminal.print_line(__version__)
+        raise SystemExit(0)
+    try:
+        if args[0] not in VERBS:
+            raise UserError(f"There is no verb {args[0]!r}; the verbs are {', '.join(VERBS)}.")
+        VERBS[args[0]][0](args[1:])
+    except UserError as error:
+        if "--debug" in args:
+            raise
+        terminal.print_error(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        terminal.print_error("Interrupted. What was finished is kept; the same command continues from there.")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

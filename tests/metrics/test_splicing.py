@@ -1,0 +1,147 @@
+"""Splicing replaces what it says, where it says, and leaves the model as it was. On a real Bridge over a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from activation_store.errors import UserError
+from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.dictionaries.topk import TopK
+from dictlearn.metrics.downstream import measure_downstream
+from dictlearn.metrics.splicing import splice
+
+RESID, MLP_IN, MLP_OUT = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request, tiny_llama, tiny_gpt2):
+    from activation_store.harvest.language_model import load_language_model, resolve_model
+
+    return load_language_model(resolve_model(str(tiny_llama if request.param == "llama" else tiny_gpt2)))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, 60, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+def random_topk(d_in, d_out=None, **provenance):
+    dictionary = TopK(TopKConfig(d_sae=40, k=4), d_in, d_out)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    dictionary.provenance = provenance
+    return dictionary.requires_grad_(False)
+
+
+def cached(model, tokens, *hooks):
+    _, cache = model.run_with_cache(tokens)
+    return [cache[hook] for hook in hooks]
+
+
+def test_the_identity_leaves_every_logit_as_it_was(model, tokens):
+    clean = model(tokens)
+    for hook in (RESID, MLP_OUT, "blocks.0.hook_attn_out"):
+        with splice(model, {hook: lambda rows: rows}):
+            assert torch.equal(model(tokens), clean)
+
+
+def test_an_autoencoder_replaces_the_last_residual_and_only_that(model, tokens):
+    last = "blocks.2.hook_resid_post"
+    dictionary = random_topk(24)
+    (before,) = cached(model, tokens, last)
+    with splice(model, {last: dictionary}):
+        logits = model(tokens)
+    with splice(model, {last: lambda rows: dictionary(before.flatten(0, 1))}):
+        assert torch.equal(model(tokens), logits)
+    assert not torch.allclose(logits, model(tokens))
+
+
+def test_a_transcoder_reads_its_own_input_hook(model, tokens):
+    transcoder = random_topk(24, 24, hook_in=MLP_IN, hook_out=MLP_OUT)
+    mlp_in, mlp_out = cached(model, tokens, MLP_IN, MLP_OUT)
+    expected = transcoder(mlp_in.flatten(0, 1)).view_as(mlp_out)
+    seen = {}
+
+    def remember(activation, hook):
+        seen["out"] = activation
+
+    with splice(model, {MLP_OUT: transcoder}):
+        model.run_with_hooks(tokens, fwd_hooks=[(MLP_OUT, remember)])
+    torch.testing.assert_close(seen["out"], expected)
+
+
+def test_skip_first_leaves_the_first_position_alone(model, tokens):
+    mlp_out = cached(model, tokens, MLP_OUT)[0]
+    seen = {}
+
+    def remember(activation, hook):
+        seen["out"] = activation.clone()
+
+    with splice(model, {MLP_OUT: torch.zeros_like}, skip_first=True):
+        model.run_with_hooks(tokens, fwd_hooks=[(MLP_OUT, remember)])
+    assert torch.equal(seen["out"][:, 0], mlp_out[:, 0])
+    assert not seen["out"][:, 1:].any()
+
+
+def test_the_model_is_restored_bit_for_bit_also_after_an_exception(model, tokens):
+    """A peer's evaluation left its transcoder installed for good."""
+    clean = model(tokens)
+    with splice(model, {RESID: random_topk(24)}):
+        assert not torch.equal(model(tokens), clean)
+    assert torch.equal(model(tokens), clean)
+    with pytest.raises(RuntimeError, match="inside"), splice(model, {RESID: random_topk(24)}):
+        raise RuntimeError("inside")
+    assert torch.equal(model(tokens), clean)
+
+
+def test_hooks_that_cannot_be_edited_are_refused_before_anything_runs(model):
+    with (
+        pytest.raises(UserError, match="no hook 'blocks.9.hook_mlp_out'"),
+        splice(model, {"blocks.9.hook_mlp_out": len}),
+    ):
+        pass
+    with pytest.raises(UserError, match="misses the skip connection"), splice(model, {"blocks.1.hook_resid_mid": len}):
+        pass
+
+
+def test_heads_are_one_vector_to_a_dictionary(model, tokens):
+    z = cached(model, tokens, "blocks.1.attn.hook_z")[0]
+    assert z.ndim == 4
+    with splice(model, {"blocks.1.attn.hook_z": lambda rows: rows}):
+        assert torch.equal(model(tokens), model(tokens))
+    shapes = []
+
+    def see(rows):
+        shapes.append(rows.shape)
+        return rows
+
+    with splice(model, {"blocks.1.attn.hook_z": see}):
+        model(tokens)
+    assert shapes == [(20, z.shape[2] * z.shape[3])]
+
+
+def test_downstream_loss_by_hand(model, tokens):
+    """Cross-entropies and KL recomputed from logits; a perfect splice recovers all of the loss, zero ablation none."""
+    dictionary = random_topk(24, hook_in=RESID, hook_out=RESID)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 7:] = False
+    mean = torch.zeros(24)
+    got = measure_downstream(model, dictionary, RESID, mean, [(tokens, real)], skip_first=False)
+    assert got.tokens == 9 + 6
+
+    def cross_entropy(logits):
+        keep = real[:, 1:]
+        logp = logits[:, :-1][keep].double().log_softmax(-1)
+        return logp, float(-logp.gather(1, tokens[:, 1:][keep][:, None]).mean())
+
+    clean, ce_clean = cross_entropy(model(tokens))
+    assert got.ce_clean == pytest.approx(ce_clean, rel=1e-9)
+    with splice(model, {RESID: dictionary}):
+        spliced, ce_spliced = cross_entropy(model(tokens))
+    assert got.ce_spliced == pytest.approx(ce_spliced, rel=1e-9)
+    assert got.kl_spliced == pytest.approx(float((clean.exp() * (clean - spliced)).sum(1).mean()), rel=1e-9)
+    assert got.ce_zero_ablated == pytest.approx(got.ce_mean_ablated)  # the mean given is zero
+    assert got.loss_recovered == pytest.approx((got.ce_zero_ablated - ce_spliced) / (got.ce_zero_ablated - ce_clean))
