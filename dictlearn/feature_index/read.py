@@ -1,0 +1,778 @@
+"""An index opened for reading: the table of all latents, and everything that is shown of one.
+
+A page is data: `feature_page` returns a `FeaturePage` of plain Python values, which the app draws and the command line
+prints as JSON. Everything on it is exact, computed from all activations of the latent: nothing was sampled when the
+index was made. All text on it is safe to show as text, and must not be shown as markup (see token_text.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activation_store.errors import UserError
+from dictlearn.feature_index.spec import (
+    BY_PATH,
+    QUANTILE_LEVELS,
+    VALUES_PER_FILE,
+    IndexManifest,
+    chunk_keys,
+)
+from dictlearn.feature_index.token_text import shown
+
+BEFORE, AFTER = 24, 10
+"""Tokens of a strip before and after its peak: what a reader takes in at a glance on one line or two."""
+
+LINEAR_BINS = 40
+LOOKED_AT_PER_EXAMPLE = 20
+"""Candidates looked at for each example wanted, before a band gives up finding one with another text."""
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenStrip:
+    """Consecutive tokens of one document around an activation.
+
+    Attributes:
+        tokens: the text of each token, safe to show as text.
+        token_ids: their numbers in the vocabulary.
+        activations: the latent's activation on each token; 0 where it did not fire.
+        peak: which of the tokens this example is about; ``activations[peak]`` is its ``value``.
+        row: the row of the store of the peak; the strip begins at row ``row - peak``.
+        seen_from: the first token that the language model had before it when it computed the peak. Earlier tokens are
+            the document's text, but were in another window.
+        document, split: id of the document, and "train" or "held-out".
+        begins_document, ends_document: whether the strip reaches the document's first or last row.
+        copies: further candidates for this place whose strip is the same text; they are not shown.
+    """
+
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    activations: tuple[float, ...]
+    peak: int
+    value: float
+    row: int
+    seen_from: int
+    document: str
+    split: str
+    begins_document: bool
+    ends_document: bool
+    copies: int = 0
+
+
+@dataclass(frozen=True)
+class Band:
+    """Examples from one range of activations.
+
+    Attributes:
+        kind: "top" (the largest), "bottom" (the most negative, where there are negative ones) or "quantile".
+        title: the same in words.
+        low, high: smallest and largest activation in the band.
+        count: activations in the band, of which ``strips`` are shown; strongest first.
+        same_text, overlapping: candidates passed over because a strip already chosen has the same text, or shows that
+            very token.
+    """
+
+    kind: str
+    title: str
+    low: float
+    high: float
+    count: int
+    strips: tuple[TokenStrip, ...]
+    same_text: int
+    overlapping: int
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """``counts[i]`` activations lie in ``edges[i]`` to ``edges[i + 1]``; the last bin includes its upper edge."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenLogit:
+    """By how much one unit of activation raises a token's logit (see ``FeaturePage.logits_are``)."""
+
+    token: str
+    token_id: int
+    logit: float
+
+
+@dataclass(frozen=True)
+class TokenFired:
+    """A token that the latent fires on.
+
+    Attributes:
+        count: rows with this token in which the latent fired.
+        share_of_mass: the part of the latent's summed |activation| that lies on this token.
+        share_of_token: the part of this token's rows in which the latent fired.
+        mean: mean activation where it fired on this token.
+    """
+
+    token: str
+    token_id: int
+    count: int
+    share_of_mass: float
+    share_of_token: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A latent with a similar decoder row."""
+
+    latent: int
+    cosine: float
+    density: float
+    top_token: str
+
+
+@dataclass(frozen=True)
+class CoActive:
+    """A latent that fires in the same rows.
+
+    Attributes:
+        count: rows in which both fired.
+        jaccard: that, divided by the rows in which either fired.
+        pmi: log2 of how many times more often they fire together than if they were independent.
+        share: the part of this page's latent's activations in which the other fired too.
+    """
+
+    latent: int
+    count: int
+    jaccard: float
+    pmi: float
+    share: float
+    density: float
+    top_token: str
+
+
+@dataclass(frozen=True)
+class FeaturePage:
+    """Everything shown of one latent. Numbers that do not exist (of a latent that never fired) are None.
+
+    Attributes:
+        density: share of all rows in which it fired; ``density_train`` and ``density_held_out`` of those of one split.
+        mean: of the non-zero activations. ``quantiles``: of the non-zero activations, by level.
+        histogram: of all activations, in equal steps. ``log_histogram``: in steps of sqrt(2), the same for all latents.
+        bands: examples: the top, then (signed codes only) the bottom, then equal shares from strong to weak.
+        fires_on: the tokens that carry most of its activation.
+        top_logits, bottom_logits: empty where ``logits_are`` says why there are none.
+        provenance: what the index was made from (`spec.MadeFrom`): run, store, model, hooks, fingerprints.
+    """
+
+    latent: int
+    d_sae: int
+    count: int
+    rows: int
+    density: float
+    density_train: float | None
+    density_held_out: float | None
+    maximum: float | None
+    minimum: float | None
+    mean: float | None
+    quantiles: dict[str, float]
+    histogram: Histogram
+    log_histogram: Histogram
+    bands: tuple[Band, ...]
+    fires_on: tuple[TokenFired, ...]
+    top_logits: tuple[TokenLogit, ...]
+    bottom_logits: tuple[TokenLogit, ...]
+    logits_are: str
+    neighbours: tuple[Neighbour, ...]
+    coactive: tuple[CoActive, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def run(self) -> str:
+        """Name of the run whose dictionary this is a latent of."""
+        return self.provenance["run"]
+
+    @property
+    def store(self) -> str:
+        """Name of the store it was encoded from."""
+        return self.provenance["store"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """One row per latent, as columns of equal length. A latent that never fired has NaN, "" and -1.
+
+    Attributes:
+        latent: number of the latent.
+        count, density, density_held_out: rows in which it fired, share of all rows, share of held-out rows.
+        maximum, minimum, mean, median: of its non-zero activations.
+        top_token, top_token_share: the token that carries most of its summed |activation|, and what part.
+        top_logit, top_logit_value, bottom_logit, bottom_logit_value: the tokens it raises and lowers most.
+        neighbour, neighbour_cosine: the nearest decoder row.
+        coactive, coactive_jaccard: the latent that most nearly fires in the same rows.
+    """
+
+    latent: np.ndarray
+    count: np.ndarray
+    density: np.ndarray
+    density_held_out: np.ndarray
+    maximum: np.ndarray
+    minimum: np.ndarray
+    mean: np.ndarray
+    median: np.ndarray
+    top_token: np.ndarray
+    top_token_share: np.ndarray
+    top_logit: np.ndarray
+    top_logit_value: np.ndarray
+    bottom_logit: np.ndarray
+    bottom_logit_value: np.ndarray
+    neighbour: np.ndarray
+    neighbour_cosine: np.ndarray
+    coactive: np.ndarray
+    coactive_jaccard: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.latent)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns by name, in order."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def take(self, positions: np.ndarray) -> FeatureTable:
+        """The rows at ``positions`` (indices or a mask), in their order."""
+        return FeatureTable(**{name: column[positions] for name, column in self.columns().items()})
+
+    def sorted_by(self, column: str, descending: bool = True) -> FeatureTable:
+        """By one column; NaN last, ties by latent.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        values = self._column(column)
+        if values.dtype == object:
+            values = np.unique(values.astype(str), return_inverse=True)[1]
+        keys = values.astype(np.float64)
+        keys = np.where(np.isnan(keys), np.inf, -keys if descending else keys)
+        return self.take(np.lexsort((self.latent, keys)))
+
+    def where(
+        self,
+        *,
+        text: str = "",
+        fired: bool | None = None,
+        at_least: dict[str, float] | None = None,
+        at_most: dict[str, float] | None = None,
+    ) -> FeatureTable:
+        """The latents that match everything asked.
+
+        Args:
+            text: in the top token, the top logit or the bottom logit (case matters not), or a latent's number.
+            fired: only those that fired at all, or only those that never did.
+            at_least, at_most: bounds by column; NaN is within no bound.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        mask = np.ones(len(self), dtype=bool)
+        if fired is not None:
+            mask &= (self.count > 0) == fired
+        for name, bound in (at_least or {}).items():
+            mask &= self._column(name) >= bound
+        for name, bound in (at_most or {}).items():
+            mask &= self._column(name) <= bound
+        if wanted := text.casefold():
+            found = self.latent.astype(str) == wanted.strip()
+            for column in (self.top_token, self.top_logit, self.bottom_logit):
+                found |= np.fromiter((wanted in token.casefold() for token in column), dtype=bool, count=len(self))
+            mask &= found
+        return self.take(mask)
+
+    def _column(self, name: str) -> np.ndarray:
+        columns = self.columns()
+        if name not in columns:
+            raise UserError(f"The table of features has no column {name!r}; it has {', '.join(columns)}.")
+        return columns[name]
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+def open_index(path: str | Path) -> FeatureIndex:
+    """Open a feature index.
+
+    Raises:
+        UserError: there is none, it is of another format version, or a file is missing or has the wrong size.
+    """
+    index = Path(path)
+    manifest = IndexManifest.read(index)
+    manifest.check_files(index)
+    return FeatureIndex(index, manifest)
+
+
+class FeatureIndex:
+    """See `open_index`. Arrays are memory-mapped; any number of threads may read.
+
+    Attributes:
+        path: the folder.
+        manifest: sizes, provenance, edges of the histograms, what the logits are.
+    """
+
+    def __init__(self, path: Path, manifest: IndexManifest):
+        self.path = path
+        self.manifest = manifest
+        self._files: dict[str, np.ndarray] = {}
+        self._texts: dict[int, str] = {}
+
+    def __repr__(self) -> str:
+        made = self.manifest.made_from
+        return f"<FeatureIndex {self.path}: {self.d_sae:,} latents of {made.run}, {self.rows:,} rows of {made.store}>"
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".zarr")
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.manifest.sizes.S
+
+    @property
+    def rows(self) -> int:
+        """Rows of the store that were encoded."""
+        return self.manifest.sizes.R
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the index was made from: run, store, model, hooks, fingerprints."""
+        return dataclasses.asdict(self.manifest.made_from)
+
+    def verify(self) -> None:
+        """Compare every file with its checksum. Raises UserError naming the first that does not match."""
+        self.manifest.verify(self.path)
+
+    # --- arrays -------------------------------------------------------------------------------------------------------
+
+    def array(self, path: str) -> np.ndarray:
+        """A whole array of `spec.ARRAYS`. Mapped, unless it lies in several files (then a copy)."""
+        if path not in self._files:
+            spec = BY_PATH[path]
+            shape = self.manifest.sizes.shape(spec)
+            parts = [self._file(key, spec.carrier) for key in chunk_keys(spec, shape)]
+            whole = parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, spec.carrier)])
+            self._files[path] = whole[: int(np.prod(shape))].reshape(shape)
+        return self._files[path]
+
+    def read(self, path: str, start: int, stop: int) -> np.ndarray:
+        """Entries start..stop of a one-dimensional array; a copy only where they lie in more than one file."""
+        spec = BY_PATH[path]
+        keys = chunk_keys(spec, self.manifest.sizes.shape(spec))
+        parts = []
+        for number in range(start // VALUES_PER_FILE, -(-stop // VALUES_PER_FILE)):
+            base = number * VALUES_PER_FILE
+            content = self._file(keys[number], spec.carrier)
+            parts.append(content[max(start - base, 0) : min(stop - base, VALUES_PER_FILE)])
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, spec.carrier)])
+
+    def at(self, path: str, entries: np.ndarray) -> np.ndarray:
+        """The given entries (n,) of a one-dimensional array."""
+        spec = BY_PATH[path]
+        keys = chunk_keys(spec, self.manifest.sizes.shape(spec))
+        if len(keys) <= 1:
+            return self._file(keys[0], spec.carrier)[entries] if keys else np.empty(0, spec.carrier)
+        numbers, within = np.divmod(entries, VALUES_PER_FILE)
+        out = np.empty(len(entries), dtype=spec.carrier)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            out[here] = self._file(keys[number], spec.carrier)[within[here]]
+        return out
+
+    def _file(self, key: str, dtype: np.dtype) -> np.ndarray:
+        if key not in self._files:
+            try:
+                self._files[key] = np.asarray(np.memmap(self.path / key, dtype=dtype, mode="r"))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"The feature index is damaged at {str(self.path / key)!r}: {error}; delete the index and run "
+                    "`dictlearn index` again."
+                ) from None
+        return self._files[key]
+
+    # --- one latent ---------------------------------------------------------------------------------------------------
+
+    def check_latent(self, latent: int) -> int:
+        """The number itself. Raises UserError when there is no such latent."""
+        if not 0 <= latent < self.d_sae:
+            raise UserError(
+                f"There is no latent {latent} in the index {self.name!r}: it has {self.d_sae}, "
+                f"numbered 0 to {self.d_sae - 1}."
+            )
+        return latent
+
+    def activations(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (n,) in ascending order, and the latent's activations (n,) in them: every one that is not zero."""
+        offsets = self.array("activations/offsets")
+        start, stop = int(offsets[latent]), int(offsets[latent + 1])
+        return self.read("activations/rows", start, stop), self.read("activations/values", start, stop)
+
+    def quantiles(self, latent: int, levels: list[float] | np.ndarray) -> np.ndarray:
+        """Exact quantiles of the non-zero activations (inverted CDF: each is an activation that occurred)."""
+        values = self.activations(latent)[1]
+        if not len(values):
+            return np.full(len(levels), np.nan, dtype=np.float32)
+        return np.quantile(values, levels, method="inverted_cdf")
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    def token_text(self, token: int) -> str:
+        """A token as text that is safe to show; "" for -1 (no token)."""
+        if token < 0:
+            return ""
+        if token not in self._texts:
+            self._texts[token] = shown(self.token_bytes(token))
+        return self._texts[token]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The very bytes of a token."""
+        ends = self.array("vocabulary/piece_ends")
+        start = int(ends[token - 1]) if token else 0
+        return self.array("vocabulary/pieces")[start : int(ends[token])].tobytes()
+
+    def document_id(self, document: int) -> str:
+        ends = self.array("documents/id_ends")
+        start = int(ends[document - 1]) if document else 0
+        return self.array("documents/ids")[start : int(ends[document])].tobytes().decode()
+
+    def document_of(self, row: int) -> int:
+        """Index of the document that a row belongs to."""
+        return int(np.searchsorted(self.array("documents/first_rows"), row, side="right")) - 1
+
+    def is_held_out(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows (n,) are in held-out documents."""
+        documents = np.searchsorted(self.array("documents/first_rows"), rows, side="right") - 1
+        return self.array("documents/held_out")[documents] == 1
+
+    # --- all latents --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _table(self) -> FeatureTable:
+        count = self.array("latents/count")
+        held_out = self.array("latents/held_out_count")
+        coactive, together = self.array("coactive/latents")[:, 0], self.array("coactive/counts")[:, 0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            either = count + count[coactive] - together
+            return FeatureTable(
+                latent=np.arange(self.d_sae),
+                count=count,
+                density=count / self.rows,
+                density_held_out=held_out / np.float64(self.manifest.rows_held_out),
+                maximum=self.array("latents/maximum"),
+                minimum=self.array("latents/minimum"),
+                mean=self.array("latents/total") / count,
+                median=self.array("latents/quantiles")[:, QUANTILE_LEVELS.index(0.5)],
+                top_token=self._token_column("latents/top_token"),
+                top_token_share=self.array("latents/top_token_share"),
+                top_logit=self._token_column("logits/top_tokens"),
+                top_logit_value=self.array("logits/top_values")[:, 0],
+                bottom_logit=self._token_column("logits/bottom_tokens"),
+                bottom_logit_value=self.array("logits/bottom_values")[:, 0],
+                neighbour=self.array("neighbours/latents")[:, 0],
+                neighbour_cosine=self.array("neighbours/cosines")[:, 0],
+                coactive=coactive,
+                coactive_jaccard=np.where(coactive >= 0, together / either, np.nan),
+            )
+
+    def table(self) -> FeatureTable:
+        """One row per latent. Made once, then shared: do not write into its columns."""
+        return self._table
+
+    def _token_column(self, path: str) -> np.ndarray:
+        tokens = self.array(path)
+        column = tokens if tokens.ndim == 1 else tokens[:, 0]
+        return np.array([self.token_text(token) for token in column.tolist()], dtype=object)
+
+
+# --- a page -----------------------------------------------------------------------------------------------------------
+
+
+def feature_page(
+    index: FeatureIndex,
+    latent: int,
+    *,
+    examples: int = 20,
+    bins: int = 5,
+    examples_per_bin: int = 5,
+    before: int = BEFORE,
+    after: int = AFTER,
+) -> FeaturePage:
+    """Everything there is to show of one latent.
+
+    Args:
+        examples: strips in the top band (and the bottom one).
+        bins: bands of equal numbers of activations, from strong to weak; 0 for none.
+        examples_per_bin: strips in each of them, evenly spaced in rank.
+        before, after: tokens of a strip around its peak.
+
+    Raises:
+        UserError: there is no such latent, or the index is damaged.
+    """
+    index.check_latent(latent)
+    rows, values = index.activations(latent)
+    count, held_out = len(rows), int(index.array("latents/held_out_count")[latent])
+    rows_held_out = index.manifest.rows_held_out
+    rows_train = index.rows - rows_held_out
+    cut = StripCutter(index, rows, values, before, after)
+    quantiles = dict(
+        zip(map("{:g}".format, QUANTILE_LEVELS), index.array("latents/quantiles")[latent].tolist(), strict=True)
+    )
+    return FeaturePage(
+        latent=latent,
+        d_sae=index.d_sae,
+        count=count,
+        rows=index.rows,
+        density=count / index.rows,
+        density_train=(count - held_out) / rows_train if rows_train else None,
+        density_held_out=held_out / rows_held_out if rows_held_out else None,
+        maximum=float(index.array("latents/maximum")[latent]) if count else None,
+        minimum=float(index.array("latents/minimum")[latent]) if count else None,
+        mean=float(index.array("latents/total")[latent]) / count if count else None,
+        quantiles=quantiles if count else {},
+        histogram=_linear_histogram(values),
+        log_histogram=_log_histogram(index, latent),
+        bands=_bands(cut, values, examples, bins, examples_per_bin),
+        fires_on=_fires_on(index, rows, values),
+        top_logits=_logits(index, latent, "top"),
+        bottom_logits=_logits(index, latent, "bottom"),
+        logits_are=index.manifest.logits,
+        neighbours=_neighbours(index, latent),
+        coactive=_coactive(index, latent),
+        provenance=index.provenance,
+    )
+
+
+def _linear_histogram(values: np.ndarray) -> Histogram:
+    if not len(values):
+        return Histogram((), ())
+    ends = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    counts, edges = np.histogram(values, bins=LINEAR_BINS, range=ends)
+    return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
+
+
+def _log_histogram(index: FeatureIndex, latent: int) -> Histogram:
+    """The stored one, without the empty bins at its ends."""
+    counts = index.array("latents/histogram")[latent]
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return Histogram((), ())
+    first, last = int(filled[0]), int(filled[-1])
+    return Histogram(index.manifest.histogram_edges[first : last + 2], tuple(counts[first : last + 1].tolist()))
+
+
+def _fires_on(index: FeatureIndex, rows: np.ndarray, values: np.ndarray, listed: int = 10) -> tuple[TokenFired, ...]:
+    if not len(rows):
+        return ()
+    tokens, of_token = np.unique(index.at("text/token_ids", rows), return_inverse=True)
+    counts = np.bincount(of_token)
+    sums = np.bincount(of_token, weights=values)
+    mass = np.bincount(of_token, weights=np.abs(values))
+    chosen = np.argsort(-mass, kind="stable")[:listed]
+    occurrences = index.array("vocabulary/counts")[tokens[chosen]]
+    return tuple(
+        TokenFired(
+            token=index.token_text(int(tokens[i])),
+            token_id=int(tokens[i]),
+            count=int(counts[i]),
+            share_of_mass=float(mass[i] / mass.sum()),
+            share_of_token=float(counts[i] / occurs),
+            mean=float(sums[i] / counts[i]),
+        )
+        for i, occurs in zip(chosen.tolist(), occurrences.tolist(), strict=True)
+    )
+
+
+def _logits(index: FeatureIndex, latent: int, end: str) -> tuple[TokenLogit, ...]:
+    tokens, values = index.array(f"logits/{end}_tokens")[latent], index.array(f"logits/{end}_values")[latent]
+    return tuple(
+        TokenLogit(index.token_text(token), token, value)
+        for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+        if token >= 0
+    )
+
+
+def _neighbours(index: FeatureIndex, latent: int) -> tuple[Neighbour, ...]:
+    latents, cosines = index.array("neighbours/latents")[latent], index.array("neighbours/cosines")[latent]
+    count, tokens = index.array("latents/count"), index.array("latents/top_token")
+    return tuple(
+        Neighbour(other, cosine, int(count[other]) / index.rows, index.token_text(int(tokens[other])))
+        for other, cosine in zip(latents.tolist(), cosines.tolist(), strict=True)
+        if other >= 0
+    )
+
+
+def _coactive(index: FeatureIndex, latent: int) -> tuple[CoActive, ...]:
+    latents, counts = index.array("coactive/latents")[latent], index.array("coactive/counts")[latent]
+    count, tokens = index.array("latents/count"), index.array("latents/top_token")
+    own = int(count[latent])
+    found = []
+    for other, together in zip(latents.tolist(), counts.tolist(), strict=True):
+        if other < 0:
+            continue
+        its = int(count[other])
+        found.append(
+            CoActive(
+                latent=other,
+                count=together,
+                jaccard=together / (own + its - together),
+                pmi=float(np.log2(together) + np.log2(index.rows) - np.log2(own) - np.log2(its)),
+                share=together / own,
+                density=its / index.rows,
+                top_token=index.token_text(int(tokens[other])),
+            )
+        )
+    return tuple(found)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+class StripCutter:
+    """Cuts strips out of the text around activations of one latent, given as rows (n,) ascending and values (n,)."""
+
+    def __init__(self, index: FeatureIndex, rows: np.ndarray, values: np.ndarray, before: int, after: int):
+        self.index = index
+        self.rows = rows
+        self.values = values
+        self.before = before
+        self.after = after
+        self._first_rows = index.array("documents/first_rows")
+        self._document_rows = index.array("documents/rows")
+
+    def bounds(self, row: int) -> tuple[int, int, int]:
+        """First row of the strip around ``row``, the row after its last, and the document."""
+        document = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        first = int(self._first_rows[document])
+        stop = min(first + int(self._document_rows[document]), self.index.rows)
+        return max(first, row - self.before), min(stop, row + self.after + 1), document
+
+    def strip(self, entry: int, copies: int) -> TokenStrip:
+        """The strip around activation number ``entry`` of the latent."""
+        row = int(self.rows[entry])
+        start, stop, document = self.bounds(row)
+        ids = self.index.read("text/token_ids", start, stop).tolist()
+        activations = np.zeros(stop - start, dtype=np.float32)
+        low, high = np.searchsorted(self.rows, (start, stop))
+        activations[self.rows[low:high] - start] = self.values[low:high]
+        first = int(self._first_rows[document])
+        return TokenStrip(
+            tokens=tuple(map(self.index.token_text, ids)),
+            token_ids=tuple(ids),
+            activations=tuple(activations.tolist()),
+            peak=row - start,
+            value=float(self.values[entry]),
+            row=row,
+            seen_from=self._seen_from(start, row),
+            document=self.index.document_id(document),
+            split="held-out" if self.index.array("documents/held_out")[document] else "train",
+            begins_document=start == first,
+            ends_document=stop == first + int(self._document_rows[document]),
+            copies=copies,
+        )
+
+    def _seen_from(self, start: int, row: int) -> int:
+        """Positions count upwards within a window of the model, and fall back where the next one begins."""
+        positions = self.index.read("text/positions", start, row + 1)
+        breaks = np.flatnonzero(np.diff(positions) <= 0)
+        return int(breaks[-1]) + 1 if len(breaks) else 0
+
+    def choose(self, candidates: np.ndarray, wanted: int) -> tuple[tuple[TokenStrip, ...], int, int]:
+        """Strips for up to ``wanted`` of the candidate entries, in order, no two alike.
+
+        A candidate is passed over when its strip is the same text with the same peak as one already chosen, or when its
+        token already stands in the strip of one already chosen. Returns the strips and how many were passed over for
+        either reason.
+        """
+        chosen: dict[tuple[int, bytes], list[int]] = {}
+        covered: list[tuple[int, int]] = []
+        same_text = overlapping = 0
+        for entry in candidates.tolist():
+            row = int(self.rows[entry])
+            if any(first <= row < stop for first, stop in covered):
+                overlapping += 1
+                continue
+            start, stop, _ = self.bounds(row)
+            key = (row - start, self.index.read("text/token_ids", start, stop).tobytes())
+            if key in chosen:
+                chosen[key][1] += 1
+                same_text += 1
+                continue
+            if len(chosen) == wanted:
+                break
+            chosen[key] = [entry, 0]
+            covered.append((start, stop))
+        return tuple(self.strip(entry, copies) for entry, copies in chosen.values()), same_text, overlapping
+
+
+def _bands(cut: StripCutter, values: np.ndarray, examples: int, bins: int, examples_per_bin: int) -> tuple[Band, ...]:
+    """The top, the bottom where there is one, and ``bins`` bands of equal numbers of activations."""
+    if not len(values):
+        return ()
+    bands = []
+    positive, negative = np.flatnonzero(values > 0), np.flatnonzero(values < 0)
+    if len(positive) and examples:
+        strongest = positive[_largest(values[positive], examples * LOOKED_AT_PER_EXAMPLE)]
+        bands.append(_band("top", "Largest activations", cut, values[positive], strongest, examples))
+    if len(negative) and examples:
+        strongest = negative[_largest(-values[negative], examples * LOOKED_AT_PER_EXAMPLE)]
+        bands.append(_band("bottom", "Most negative activations", cut, values[negative], strongest, examples))
+    bins = min(bins, len(values))
+    if bins < 1:
+        return tuple(bands)
+    edges = np.linspace(0, len(values), bins + 1).round().astype(np.int64)
+    spaced = [
+        np.unique(np.linspace(start, stop - 1, 2 * examples_per_bin + 1).round().astype(np.int64))
+        for start, stop in itertools.pairwise(edges)
+    ]
+    # Only the entries at these ranks have to be in order: a partition is linear in the number of activations.
+    by_rank = np.argpartition(values, np.unique(np.concatenate([*spaced, edges[1:] - 1])))
+    for number in reversed(range(bins)):
+        ranks = spaced[number]
+        # The odd ones are the middles of equal parts of the band; the even ones stand in for those that are alike.
+        candidates = ranks if len(ranks) <= examples_per_bin else np.concatenate([ranks[1::2], ranks[::2]])
+        strips, same_text, overlapping = cut.choose(by_rank[candidates], examples_per_bin)
+        bands.append(
+            Band(
+                kind="quantile",
+                title=f"{number * 100 / bins:.0f} % to {(number + 1) * 100 / bins:.0f} % of activations by size",
+                low=float(values[by_rank[edges[number]]]),
+                high=float(values[by_rank[edges[number + 1] - 1]]),
+                count=int(edges[number + 1] - edges[number]),
+                strips=tuple(sorted(strips, key=lambda strip: -strip.value)),
+                same_text=same_text,
+                overlapping=overlapping,
+            )
+        )
+    return tuple(bands)
+
+
+def _band(kind: str, title: str, cut: StripCutter, of: np.ndarray, candidates: np.ndarray, examples: int) -> Band:
+    strips, same_text, overlapping = cut.choose(candidates, examples)
+    return Band(kind, title, float(of.min()), float(of.max()), len(of), strips, same_text, overlapping)
+
+
+def _largest(values: np.ndarray, n: int) -> np.ndarray:
+    """Positions of the ``n`` largest, largest first, earlier ones first among equals."""
+    if n < len(values):
+        least = values[np.argpartition(values, len(values) - n)[len(values) - n]]
+        positions = np.flatnonzero(values >= least)
+    else:
+        positions = np.arange(len(values))
+    return positions[np.argsort(-values[positions], kind="stable")][:n]

@@ -1,0 +1,106 @@
+"""Tokens as text that is safe to show: no byte is lost, nothing is invisible, nothing moves the reader's eye.
+
+A token is a run of bytes, and need not be whole characters: an emoji may be four tokens. `token_bytes` recovers those
+bytes from a tokenizer; `shown` turns them into text in which
+
+* a line break is ``↵``, a tab ``⇥``;
+* a byte that is no part of a whole character within the token is ``\\xF0``;
+* any other control, format or unassigned character (null, escape, a right-to-left override, a zero-width space) is
+  ``\\u{202E}``.
+
+The result is plain text. Whoever draws it must set it as text: it may well contain ``<script>``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SHOWN_AS = {"\n": "↵", "\t": "⇥"}
+HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+"""Unicode categories that are not drawn, or that change how their surroundings are drawn."""
+
+SPACE_MARK = "\u2581"
+"""SentencePiece's sign for a space."""
+
+
+def shown(piece: bytes) -> str:
+    """A token's bytes as visible text."""
+    return "".join(map(_shown_character, piece.decode("utf-8", errors="surrogateescape")))
+
+
+@cache
+def _shown_character(character: str) -> str:
+    if character in SHOWN_AS:
+        return SHOWN_AS[character]
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02X}"
+    if character != " " and (
+        unicodedata.category(character) in HIDDEN_CATEGORIES or (character.isspace() and not character.isprintable())
+    ):
+        return f"\\u{{{code:04X}}}"
+    return character
+
+
+# --- bytes of tokens --------------------------------------------------------------------------------------------------
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+    """The bytes of tokens 0 to ``vocab_size - 1``. A number that the tokenizer does not use has ``<unused N>``.
+
+    Byte-level and SentencePiece vocabularies are inverted exactly; of any other kind the tokenizer's own decoding of
+    the single token is taken, which may lack a leading space.
+    """
+    record = json.loads(tokenizer.to_str())
+    added = {int(token["id"]): token["content"] for token in record.get("added_tokens", [])}
+    kinds = _decoder_kinds(record.get("decoder"))
+    pieces = []
+    for token in range(vocab_size):
+        piece = tokenizer.id_to_token(token)
+        if piece is None:
+            pieces.append(f"<unused {token}>".encode())
+        elif token in added:
+            pieces.append(added[token].encode())
+        elif "ByteLevel" in kinds:
+            pieces.append(_from_byte_level(piece))
+        elif kinds & {"Metaspace", "ByteFallback", "Replace"}:
+            pieces.append(_from_sentencepiece(piece))
+        else:
+            pieces.append(tokenizer.decode([token], skip_special_tokens=False).encode() or piece.encode())
+    return pieces
+
+
+def _decoder_kinds(decoder: dict | None) -> set[str]:
+    """The types of a tokenizer's decoder and of those it consists of."""
+    if not decoder:
+        return set()
+    kinds = {str(decoder.get("type"))}
+    for part in decoder.get("decoders", []):
+        kinds |= _decoder_kinds(part)
+    return kinds
+
+
+def _from_byte_level(piece: str) -> bytes:
+    table = _byte_level_table()
+    return b"".join(bytes([table[c]]) if c in table else c.encode() for c in piece)
+
+
+@cache
+def _byte_level_table() -> dict[str, int]:
+    """The characters by which byte-level tokenizers write bytes: printable Latin-1 stands for itself, the rest, in
+    order, for the code points from 256 on (Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _from_sentencepiece(piece: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
