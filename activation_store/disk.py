@@ -1,0 +1,92 @@
+"""The file-system operations by which a store changes, one method each.
+
+Everything the writer does to the disk goes through a `Disk`, so that a test can make any single operation fail, or stop
+the process right there: `activation_store.testing` has such disks. Each operation says what it is about ("shard",
+"metadata", "manifest", "statistics", "owner"), and (operation, subject) is a named point such as ``shard.rename``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+KILL_VARIABLE = "ACTIVATION_STORE_KILL_AT"
+"""Environment variable of the kill tests, such as ``shard.rename:2``: see `activation_store.testing.KillingDisk`."""
+
+
+class Disk:
+    """The local file system."""
+
+    def reach(self, point: str) -> None:
+        """Called before each operation with its name. Does nothing here."""
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder and those above it, durably; nothing happens if it is there."""
+        if path.is_dir():
+            return
+        self.make_folder(path.parent)
+        self.reach("folder.make")
+        path.mkdir(exist_ok=True)
+        self.sync_folder(path.parent, "folder")
+
+    def create(self, path: Path) -> int:
+        """Open a new or emptied file for writing; returns its descriptor."""
+        self.reach("file.create")
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+
+    def write(self, file: int, content: bytes | memoryview, subject: str) -> None:
+        """Write all of ``content`` at the end of what was written before."""
+        self.reach(f"{subject}.write")
+        rest = memoryview(content)
+        while len(rest):
+            rest = rest[os.write(file, rest) :]
+
+    def sync(self, file: int, subject: str) -> None:
+        self.reach(f"{subject}.sync")
+        os.fsync(file)
+
+    def rename(self, source: Path, target: Path, subject: str) -> None:
+        """Replace ``target`` by ``source`` in one step."""
+        self.reach(f"{subject}.rename")
+        os.replace(source, target)
+
+    def sync_folder(self, path: Path, subject: str) -> None:
+        """Make the names in a folder durable."""
+        self.reach(f"{subject}.sync_folder")
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def remove(self, path: Path, subject: str) -> None:
+        """Remove a file or a folder with all in it; nothing happens if there is none."""
+        self.reach(f"{subject}.remove")
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def replace(self, target: Path, content: bytes, staging: Path, subject: str) -> None:
+        """Give ``target`` new content in one step: written beside, synced, renamed, the folder synced."""
+        temporary = staging / f"{subject}.new"
+        file = self.create(temporary)
+        try:
+            self.write(file, content, subject)
+            self.sync(file, subject)
+        finally:
+            os.close(file)
+        self.rename(temporary, target, subject)
+        self.sync_folder(target.parent, subject)
+
+
+def default_disk() -> Disk:
+    """The local file system, or the one a kill test asks for through the environment."""
+    if os.environ.get(KILL_VARIABLE):
+        from activation_store.testing import KillingDisk
+
+        return KillingDisk.from_environment()
+    return Disk()

@@ -1,0 +1,373 @@
+"""Reading a store: rows by number, the text around a row, statistics.
+
+A `Store` is a snapshot: it shows the rows that were committed when it was opened, however far the writer gets
+meanwhile; `refresh` looks again. Rows are read through memory maps of the shard files, so what was read once comes
+from the system's page cache, and nothing is copied but the rows asked for. Needs numpy alone; torch only for `tensor`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from activation_store.errors import UserError
+from activation_store.shard import Shard
+from activation_store.spec import (
+    DOCUMENT_TABLE,
+    DOCUMENTS,
+    METADATA_FILE,
+    POSITIONS,
+    ROW_ARRAYS,
+    SPLITS,
+    STATISTICS,
+    STORED_TYPES,
+    TOKEN_IDS,
+    ArraySpec,
+    DocumentRows,
+    HookSpec,
+    Manifest,
+    checksum,
+    whole_array_key,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+MAPPED_SHARDS = 16_384
+"""Shard files mapped at a time: the system allows a process 65,530 maps by default."""
+
+
+@dataclass(frozen=True)
+class HookStatistics:
+    """One hook over all rows of a complete store, in float64, of the values as stored.
+
+    Attributes:
+        count: rows.
+        mean: (d,).
+        second_moment: (d, d), mean of x xT, not centred.
+        mean_norm: mean Euclidean length of a row.
+        excluded: tokens that gave no row, by reason.
+    """
+
+    count: int
+    mean: np.ndarray
+    second_moment: np.ndarray
+    mean_norm: float
+    excluded: dict[str, int]
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(d, d), of the population."""
+        return self.second_moment - np.outer(self.mean, self.mean)
+
+    @property
+    def mean_squared_norm(self) -> float:
+        """Mean of |x|^2: the trace of the second moment."""
+        return float(np.trace(self.second_moment))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of consecutive rows of one document; ``token_ids[index]`` is the token of the row asked for."""
+
+    token_ids: np.ndarray
+    index: int
+    first_row: int
+    document: int
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Open a store for reading; it may still be growing.
+
+    Raises:
+        UserError: there is no store, it is damaged, or it is of another format version.
+    """
+    return Store(path)
+
+
+class Store:
+    """A store opened for reading: see `open_store`.
+
+    Attributes:
+        path: the folder.
+        manifest: `activation_store.spec.Manifest` as it was when the store was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        self._arrays = {array.path: array for array in self.manifest.arrays}
+        self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else f"of {self.manifest.rows_planned:,} planned"
+        return f"<Store {self.path}: {self.rows:,} rows ({state}), hooks {', '.join(self.hooks)}>"
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def refresh(self) -> Store:
+        """The same store as it is now."""
+        return Store(self.path)
+
+    # --- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def hooks(self) -> dict[str, HookSpec]:
+        """The hooks by name, in the order of the manifest."""
+        return {hook.name: hook for hook in self.manifest.hooks}
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return self.manifest.rows
+
+    @property
+    def complete(self) -> bool:
+        """Whether all planned rows and the statistics are there."""
+        return self.manifest.complete
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the store is (plan, hooks, geometry, provenance), the same while it grows."""
+        return self.manifest.fingerprint
+
+    @property
+    def provenance(self) -> dict:
+        """What the rows were made from, as the harvester recorded it."""
+        return self.manifest.provenance
+
+    def hook(self, name: str) -> HookSpec:
+        """The hook called ``name``.
+
+        Raises:
+            UserError: the store has no such hook; the sentence names those it has.
+        """
+        if name not in self.hooks:
+            near = difflib.get_close_matches(name, self.hooks, n=1)
+            meant = f" Did you mean {near[0]}?" if near else " Harvest it into a store of its own."
+            raise UserError(f"Store {self.path} has hooks {', '.join(self.hooks)}; {name} is not among them.{meant}")
+        return self.hooks[name]
+
+    def d(self, hook: str) -> int:
+        """Values in one row of a hook: d, or heads times d_head."""
+        return self.hook(hook).d
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def read_rows(self, hook: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop as (n, *shape): float32, float16, or bfloat16 as uint16 bits. A copy."""
+        return self._read(self.hook(hook).array, start, stop)
+
+    def take(self, hook: str, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows at ``indices`` (n,), in their order, as (n, *shape); types as in `read_rows`.
+
+        Args:
+            out: where to put them, if given; of that shape and type, contiguous.
+        """
+        return self._take(self.hook(hook).array, np.asarray(indices, dtype=np.int64), out)
+
+    def tensor(self, hook: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop as a torch tensor (n, *shape) in the type they are stored in."""
+        return as_tensor(self.read_rows(hook, start, stop))
+
+    def token_ids(self, start: int, stop: int) -> np.ndarray:
+        """The token of each row start..stop, int32."""
+        return self._read(self._arrays[TOKEN_IDS], start, stop)
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """The place of each row's token in the window the model saw, int32."""
+        return self._read(self._arrays[POSITIONS], start, stop)
+
+    def documents(self, start: int, stop: int) -> np.ndarray:
+        """The index of each row's document in `document_table`, int32."""
+        return self._read(self._arrays[DOCUMENTS], start, stop)
+
+    def take_row_array(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """``token_ids``, ``positions`` or ``documents`` of the rows at ``indices`` (n,), int32."""
+        if name not in (array.path for array in ROW_ARRAYS):
+            raise ValueError(f"{name!r} is none of {', '.join(array.path for array in ROW_ARRAYS)}")
+        return self._take(self._arrays[name], np.asarray(indices, dtype=np.int64), None)
+
+    def text_around(self, row: int, before: int, after: int) -> Text:
+        """Tokens of up to ``before`` rows before ``row`` and ``after`` rows after it, within its document."""
+        self._check_range(row, row + 1)
+        document = int(self.documents(row, row + 1)[0])
+        first, stop = int(self._document_first_rows[document]), int(self._document_stops[document])
+        start, stop = max(first, row - before), min(stop, self.rows, row + after + 1)
+        return Text(self.token_ids(start, stop), row - start, start, document)
+
+    # --- documents and splits -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def document_table(self) -> list[DocumentRows]:
+        """Every document of the plan, also those whose rows are not there yet."""
+        ids = self._table_column("ids", "uint8").tobytes()
+        ends = self._table_column("id_ends", "int64").tolist()
+        starts = [0, *ends[:-1]]
+        splits = self._table_column("splits", "uint8").tolist()
+        rows = self._table_column("rows", "int64").tolist()
+        return [
+            DocumentRows(ids[start:end].decode(), SPLITS[split], first_row, n)
+            for start, end, split, first_row, n in zip(
+                starts, ends, splits, self._document_first_rows.tolist(), rows, strict=True
+            )
+        ]
+
+    def split_rows(self, split: str) -> list[tuple[int, int]]:
+        """Ranges (start, stop) of the committed rows whose documents are in ``split`` (train, held-out or all).
+
+        Ascending, never empty, neighbours joined.
+        """
+        return [(int(start), int(stop)) for start, stop in self.split_ranges(split)]
+
+    def split_ranges(self, split: str) -> np.ndarray:
+        """`split_rows` as an array (n, 2)."""
+        if split == "all":
+            return np.array([[0, self.rows]] if self.rows else [], dtype=np.int64).reshape(-1, 2)
+        if split not in SPLITS:
+            raise UserError(f"There is no split {split!r}; use {', '.join(SPLITS)} or all.")
+        chosen = self._table_column("splits", "uint8") == SPLITS.index(split)
+        starts, stops = self._document_first_rows[chosen], np.minimum(self._document_stops[chosen], self.rows)
+        starts, stops = starts[starts < stops], stops[starts < stops]
+        if not len(starts):
+            return np.empty((0, 2), dtype=np.int64)
+        new = np.append(True, starts[1:] != stops[:-1])
+        return np.stack([starts[new], stops[np.append(np.flatnonzero(new)[1:] - 1, len(starts) - 1)]], axis=1)
+
+    @cached_property
+    def _document_first_rows(self) -> np.ndarray:
+        return self._table_column("first_rows", "int64")
+
+    @cached_property
+    def _document_stops(self) -> np.ndarray:
+        return self._document_first_rows + self._table_column("rows", "int64")
+
+    def _table_column(self, name: str, dtype: str) -> np.ndarray:
+        return self._whole_array(f"{DOCUMENT_TABLE}/{name}", dtype, shape=(-1,))
+
+    # --- statistics ---------------------------------------------------------------------------------------------------
+
+    def statistics(self, hook: str) -> HookStatistics:
+        """Count, mean, second moment and mean norm of a hook over all rows.
+
+        Raises:
+            UserError: the store is not complete.
+        """
+        d = self.hook(hook).d
+        if not self.complete:
+            raise UserError(
+                f"Store {self.path} has no statistics yet: {self.rows:,} of {self.manifest.rows_planned:,} rows are "
+                "there. Run its harvest again to finish it."
+            )
+        folder = f"{STATISTICS}/{hook}"
+        return HookStatistics(
+            count=int(self._whole_array(f"{folder}/count", "int64", ())),
+            mean=self._whole_array(f"{folder}/mean", "float64", (d,)),
+            second_moment=self._whole_array(f"{folder}/second_moment", "float64", (d, d)),
+            mean_norm=float(self._whole_array(f"{folder}/mean_norm", "float64", ())),
+            excluded=dict(self.manifest.excluded),
+        )
+
+    def _whole_array(self, path: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        key = whole_array_key(path, len(shape))
+        if key not in self.manifest.files:  # an array of no values has no chunk
+            return np.empty(0, dtype=STORED_TYPES[dtype].carrier)
+        content = self._read_checked(key)
+        return np.frombuffer(content, dtype=STORED_TYPES[dtype].carrier).reshape(shape)
+
+    def _read_checked(self, key: str) -> bytes:
+        try:
+            content = (self.path / key).read_bytes()
+        except OSError as problem:
+            raise UserError(f"{self.path / key} cannot be read: {problem.strerror}; the store is damaged.") from None
+        if checksum(content) != self.manifest.files[key]:
+            raise UserError(f"{self.path / key} is damaged: it does not match its checksum in the manifest.")
+        return content
+
+    # --- shards -------------------------------------------------------------------------------------------------------
+
+    def prefetch(self, hook: str, chunks: np.ndarray) -> None:
+        """Ask the system to read chunks (numbers of ``rows_per_chunk`` rows) from the disk; returns at once."""
+        array, per_shard = self.hook(hook).array, self.manifest.geometry.chunks_per_shard
+        for chunk in chunks.tolist():
+            self._shard(array, chunk // per_shard).prefetch(chunk % per_shard)
+
+    def _read(self, array: ArraySpec, start: int, stop: int) -> np.ndarray:
+        self._check_range(start, stop)
+        out = np.empty((stop - start, *array.row_shape), dtype=array.carrier)
+        per_shard = self.manifest.geometry.rows_per_shard
+        for number in range(start // per_shard, -(-stop // per_shard)):
+            base = number * per_shard
+            first, last = max(start, base), min(stop, base + per_shard)
+            self._shard(array, number).read(first - base, last - base, out[first - start : last - start])
+        return out
+
+    def _take(self, array: ArraySpec, indices: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.rows):
+            raise IndexError(f"rows {indices.min()}..{indices.max()} asked for, the store has rows 0..{self.rows - 1}")
+        if out is None:
+            out = np.empty((len(indices), *array.row_shape), dtype=array.carrier)
+        numbers, within = np.divmod(indices, self.manifest.geometry.rows_per_shard)
+        if not len(indices) or (numbers[0] == numbers).all():
+            if len(indices):
+                self._shard(array, int(numbers[0])).take(within, out)
+            return out
+        # One gather per shard into rows grouped by shard, then one permutation of what is then still in the cache:
+        # faster than writing each shard's rows to scattered places.
+        order = np.argsort(numbers, kind="stable")
+        grouped = np.empty_like(out)
+        numbers, within = numbers[order], within[order]
+        bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            self._shard(array, int(numbers[start])).take(within[start:stop], grouped[start:stop])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return np.take(grouped, back, axis=0, out=out, mode="clip")
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.rows:
+            raise IndexError(f"rows {start}..{stop} asked for, the store has {self.rows} rows")
+
+    def _shard(self, array: ArraySpec, number: int) -> Shard:
+        key = (array.path, number)
+        with self._lock:
+            shard = self._shards.get(key)
+            if shard is None:
+                path = self.path / array.shard_key(number)
+                rows = self.manifest.geometry.rows_in_shard(number, self.rows)
+                shard = self._shards[key] = Shard(path, str(path), rows, array, self.manifest.geometry)
+                if len(self._shards) > MAPPED_SHARDS:
+                    self._shards.popitem(last=False)
+            return shard
+
+
+def as_tensor(rows: np.ndarray) -> torch.Tensor:
+    """Rows as read from a store as a torch tensor that shares their memory; uint16 bits become bfloat16."""
+    import torch
+
+    if rows.dtype == np.uint16:
+        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(rows)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / METADATA_FILE
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"There is no activation store at {path}; make one with `dictlearn harvest`.") from None
+    except NotADirectoryError:
+        raise UserError(f"{path} is a file, not the folder of an activation store.") from None
+    except OSError as problem:
+        raise UserError(f"{file} cannot be read: {problem.strerror}.") from None
+    return Manifest.from_bytes(content, str(file))
