@@ -39,7 +39,10 @@ class Capture:
             if hook not in points:
                 raise UserError(f"TransformerLens gives this model no hook {hook!r}; harvest another one.")
         self._context = self.bridge.hooks(fwd_hooks=[(hook, _Reader(self, hook)) for hook in self.hooks])
-        self._context.__enter__()
+        try:
+            self._context.__enter__()
+        except ValueError as error:  # a hook point that is switched off
+            raise UserError(f"TransformerLens cannot read these hooks: {error}") from error
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CORPUS_TEXT = "def first(x):\n    return x + 1\n\nclass Second:\n    '''A docstring of some words.'''\n    value = None\n"
 
@@ -58,11 +55,9 @@ def tiny_gpt2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories260k() -> Path:
-    folder = Path(os.environ.get("DICTLEARN_SHARED", "")) / "models" / "stories260K"
-    if not os.environ.get("DICTLEARN_SHARED") or not folder.is_dir():
-        pytest.skip("DICTLEARN_SHARED names no folder with models/stories260K")
-    return folder
+def stories260k(shared) -> Path:
+    """A real model that strangers trained."""
+    return shared / "models" / "stories260K"
 
 
 @pytest.fixture
