@@ -92,7 +92,8 @@ class HeldOut:
 
 
 def pack(tokenizer: Tokenizer, documents: list[Document], context: int) -> HeldOut:
-    tokenised, stream = [], []
+    tokenised: list[TokenisedDocument] = []
+    stream: list[int] = []
     for document in documents:
         encoding = tokenizer.encode(document.text)
         tokenised.append(
@@ -208,9 +209,10 @@ def indentation_cases(held_out: HeldOut) -> list[tuple[int, int, int, int]]:
         for i, (start, end) in enumerate(document.spans[:-1]):
             match = LINE_BREAK.fullmatch(document.text[start:end])
             following = document.text[end : end + 2]
-            one_token = match and (following[:1] == " ") == bool(match[2]) and following[-1:].strip()
-            if not one_token or len(match[1]) > 2:
+            if match is None or len(match[1]) > 2:
                 continue
+            if (following[:1] == " ") != bool(match[2]) or not following[-1:].strip():
+                continue  # the white space goes on in the next token
             line = document.text[document.text.rfind("\n", 0, start) + 1 : start]
             if line.strip():
                 before = len(line) - len(line.lstrip(" "))
