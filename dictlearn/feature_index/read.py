@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from activation_store.errors import UserError
+from dictlearn.feature_index.ranking import largest
 from dictlearn.feature_index.spec import (
     BY_PATH,
     QUANTILE_LEVELS,
@@ -728,10 +729,10 @@ def _bands(cut: StripCutter, values: np.ndarray, examples: int, bins: int, examp
     bands = []
     positive, negative = np.flatnonzero(values > 0), np.flatnonzero(values < 0)
     if len(positive) and examples:
-        strongest = positive[_largest(values[positive], examples * LOOKED_AT_PER_EXAMPLE)]
+        strongest = positive[largest(values[positive], examples * LOOKED_AT_PER_EXAMPLE)]
         bands.append(_band("top", "Largest activations", cut, values[positive], strongest, examples))
     if len(negative) and examples:
-        strongest = negative[_largest(-values[negative], examples * LOOKED_AT_PER_EXAMPLE)]
+        strongest = negative[largest(-values[negative], examples * LOOKED_AT_PER_EXAMPLE)]
         bands.append(_band("bottom", "Most negative activations", cut, values[negative], strongest, examples))
     bins = min(bins, len(values))
     if bins < 1:
@@ -766,13 +767,3 @@ def _bands(cut: StripCutter, values: np.ndarray, examples: int, bins: int, examp
 def _band(kind: str, title: str, cut: StripCutter, of: np.ndarray, candidates: np.ndarray, examples: int) -> Band:
     strips, same_text, overlapping = cut.choose(candidates, examples)
     return Band(kind, title, float(of.min()), float(of.max()), len(of), strips, same_text, overlapping)
-
-
-def _largest(values: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the ``n`` largest, largest first, earlier ones first among equals."""
-    if n < len(values):
-        least = values[np.argpartition(values, len(values) - n)[len(values) - n]]
-        positions = np.flatnonzero(values >= least)
-    else:
-        positions = np.arange(len(values))
-    return positions[np.argsort(-values[positions], kind="stable")][:n]

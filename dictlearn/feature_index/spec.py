@@ -84,7 +84,7 @@ ARRAYS = (
     IndexArray("coactive/latents", "ST", "int32", "latents with the largest Jaccard index of rows; -1 for no more"),
     IndexArray("coactive/counts", "ST", "int64", "rows in which both fired"),
     IndexArray("logits/top_tokens", "ST", "int32", "tokens whose logit it raises most; -1 where there are no logits"),
-    IndexArray("logits/top_values", "ST", "float32", "by how much, per unit of activation (see logit_effects.py)"),
+    IndexArray("logits/top_values", "ST", "float32", "by how much, per unit of activation (see decoder.py)"),
     IndexArray("logits/bottom_tokens", "ST", "int32", "tokens whose logit it lowers most"),
     IndexArray("logits/bottom_values", "ST", "float32", "by how much"),
     IndexArray("text/token_ids", "R", "int32", "the token of each row"),

@@ -19,6 +19,8 @@ import unicodedata
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -104,3 +106,8 @@ def _byte_level_table() -> dict[str, int]:
 def _from_sentencepiece(piece: str) -> bytes:
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
+
+
+def known_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """(vocab_size,) bool: which numbers the tokenizer has a token for; a model's vocabulary is often padded."""
+    return np.array([tokenizer.id_to_token(token) is not None for token in range(vocab_size)], dtype=bool)

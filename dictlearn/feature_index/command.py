@@ -1,0 +1,262 @@
+"""What the command line can ask of the feature index, and the refusals that need no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from activation_store.errors import UserError
+from activation_store.progress import NoProgress, Progress
+from dictlearn.dictionaries import config_class
+from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe
+from dictlearn.feature_index.spec import IndexManifest, MadeFrom
+from dictlearn.workspace import RunFiles, Workspace
+
+if TYPE_CHECKING:
+    from activation_store.harvest.language_model import ModelSpec
+    from activation_store.store import Store
+
+LEAST_MEMORY_MB = 128
+MOST_ROWS = 2**31 - 1
+"""Rows are kept as int32: with 32 activations a row, an index of that many rows has 500 GB."""
+
+BYTES_PER_SLOT = 20
+"""On disk while an index is built: 8 for an activation in the index, 12 in the parts it is sorted from."""
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Encode a whole store with a trained dictionary and keep every activation, sorted by latent, to be browsed."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Name of the run."""
+    store: str | None = None
+    """Store to encode; the one the run was trained on when not given."""
+    name: str | None = None
+    """Name of the index; the run's name when not given."""
+    rows: int | None = None
+    """Rows (tokens) to encode, from the store's first; all of them when not given."""
+    logits: bool = True
+    """Whether to list the tokens whose logits each latent moves most, which loads the language model."""
+    coactive: bool = True
+    """Whether to count which latents fire together."""
+    memory_mb: int = 1024
+    """Memory to work in, in MB, besides the dictionary and the language model."""
+    device: str = "cpu"
+    """Device to encode on."""
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """What `dictlearn index --dry-run` prints."""
+
+    index: str
+    rows: int
+    d_sae: int
+    activations_at_most: int
+    bytes_on_disk: int
+    bytes_while_building: int
+
+
+@dataclass(frozen=True)
+class IndexWork:
+    """Everything that was checked, handed on to `dictlearn.feature_index.build`."""
+
+    path: Path
+    made_from: MadeFrom
+    files: RunFiles
+    store: Store
+    model: ModelSpec
+    memory_mb: int
+    device: str
+
+
+def check(config: IndexConfig, workspace: Workspace) -> tuple[IndexWork, IndexPlan]:
+    """Everything that can be refused before torch is imported.
+
+    Raises:
+        UserError: no such run or store, an unfinished run or store, a store of another model or without the hook, a
+            model that is gone or has changed, an index of that name made from something else, too little disk.
+    """
+    from activation_store.harvest.language_model import resolve_model
+    from activation_store.store import open_store
+
+    _check_numbers(config)
+    files = workspace.existing_run(config.run)
+    if not files.dictionary.exists():
+        raise UserError(
+            f"The run {config.run!r} has not finished training; run `dictlearn train` on it again to continue."
+        )
+    description = describe(files.dictionary)
+    trained_on = description["provenance"]
+    store_name = config.store or trained_on["store"]["name"]
+    store = open_store(workspace.existing_store(store_name))
+    _check_store(store, config.run, trained_on, description["d_in"])
+    rows = min(store.rows, config.rows or store.rows)
+    if rows > MOST_ROWS:
+        raise UserError(
+            f"The store {store.path.name!r} has {rows:,} rows; an index holds at most {MOST_ROWS:,}, so set rows."
+        )
+    model = resolve_model(trained_on["model"]["name"])
+    if model.fingerprint != trained_on["model"]["fingerprint"]:
+        raise UserError(
+            f"The model {model.name!r} has changed since the store {store.path.name!r} was harvested from it (its "
+            "config or weights have another fingerprint); restore it, or harvest and train again."
+        )
+    made_from = MadeFrom(
+        run=files.name,
+        kind=description["kind"],
+        dictionary_fingerprint=dictionary_fingerprint(files.dictionary),
+        d_in=description["d_in"],
+        d_out=description["d_out"],
+        d_sae=int(description["config"]["d_sae"]),
+        hook_in=trained_on["hook_in"],
+        hook_out=trained_on["hook_out"],
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        store=store_name,
+        store_fingerprint=store.fingerprint,
+        rows=rows,
+        logits=config.logits,
+        coactive=config.coactive,
+    )
+    path = workspace.index(config.name or files.name)
+    plan = _plan(path, made_from, description["config"])
+    if not is_made(path, made_from):
+        _check_disk(path, plan)
+    return IndexWork(path, made_from, files, store, model, config.memory_mb, config.device), plan
+
+
+def run_index(config: IndexConfig, workspace: Workspace, progress: Progress | None = None) -> Path:
+    """Build an index, or continue one, or return at once when it is there already. Returns its folder.
+
+    Raises:
+        UserError: see `check`; also another process that builds the same index, and a disk that fills up.
+    """
+    work, _ = check(config, workspace)
+    if is_made(work.path, work.made_from):
+        return work.path
+    from dictlearn.feature_index.build import build
+
+    return build(work, progress or NoProgress())
+
+
+def is_made(path: Path, made_from: MadeFrom) -> bool:
+    """Whether the index at ``path`` is complete and made from the same things. Names do not matter, contents do.
+
+    Raises:
+        UserError: it was made from something else, or is damaged.
+    """
+    if not path.exists():
+        return False
+    manifest = IndexManifest.read(path)
+    for field, what in IDENTITY.items():
+        there, now = getattr(manifest.made_from, field), getattr(made_from, field)
+        if there != now:
+            raise UserError(
+                f"The index {path.name.removesuffix('.zarr')!r} exists and was made with another {what} "
+                f"({_short(there)} there, {_short(now)} now); choose another --name, or delete {str(path)!r}."
+            )
+    manifest.check_files(path)
+    return True
+
+
+IDENTITY = {
+    "dictionary_fingerprint": "dictionary",
+    "store_fingerprint": "store",
+    "model_fingerprint": "model",
+    "rows": "number of rows",
+    "logits": "choice of logits",
+    "coactive": "choice of coactive",
+}
+
+
+def _short(value: object) -> str:
+    return value[:19] if isinstance(value, str) else f"{value}"
+
+
+def dictionary_fingerprint(folder: Path) -> str:
+    """Hash of a saved dictionary: its description and its weights."""
+    digest = hashlib.sha256()
+    for name in (DESCRIPTION, WEIGHTS):
+        digest.update(name.encode())
+        try:
+            with (folder / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(
+                f"The dictionary in {str(folder)!r} is damaged ({name}: {error.strerror}); restore it or train again."
+            ) from None
+    return "sha256:" + digest.hexdigest()
+
+
+def _check_numbers(config: IndexConfig) -> None:
+    if config.rows is not None and config.rows < 1:
+        raise UserError(f"rows is {config.rows}; it must be at least 1.")
+    if config.memory_mb < LEAST_MEMORY_MB:
+        raise UserError(f"memory_mb is {config.memory_mb}; it must be at least {LEAST_MEMORY_MB}.")
+
+
+def _check_store(store: Store, run: str, trained_on: dict[str, Any], d_in: int) -> None:
+    name = store.path.name
+    made_by = store.provenance["model"]
+    if made_by["fingerprint"] != trained_on["model"]["fingerprint"]:
+        raise UserError(
+            f"The store {name!r} was made by the model {made_by['name']!r}, the run {run!r} was trained on "
+            f"{trained_on['model']['name']!r}; name a store of that model."
+        )
+    hook = trained_on["hook_in"]
+    if hook not in store.hooks:
+        raise UserError(
+            f"The store {name!r} has no hook {hook!r}, which the run {run!r} encodes; it holds "
+            f"{', '.join(store.hooks)}. Name a store that has it."
+        )
+    if store.d(hook) != d_in:
+        raise UserError(
+            f"The run {run!r} encodes rows of {d_in} values, those of {hook!r} in {name!r} have {store.d(hook)}; "
+            "name the store it was trained on."
+        )
+    if not store.complete:
+        raise UserError(
+            f"The store {name!r} has {store.rows:,} of {store.manifest.rows_planned:,} rows; run its "
+            "`dictlearn harvest` again to finish it, then index it."
+        )
+
+
+def _plan(path: Path, made_from: MadeFrom, config: dict[str, Any]) -> IndexPlan:
+    """Exact for dictionaries whose config knows how many latents fire at most; for others, if a row had 64."""
+    k = getattr(config_class(made_from.kind)(**config), "k", 64)
+    slots = made_from.rows * k
+    return IndexPlan(
+        index=str(path),
+        rows=made_from.rows,
+        d_sae=made_from.d_sae,
+        activations_at_most=slots,
+        bytes_on_disk=8 * slots + 8 * made_from.rows,
+        bytes_while_building=BYTES_PER_SLOT * slots + 8 * made_from.rows,
+    )
+
+
+def _check_disk(path: Path, plan: IndexPlan) -> None:
+    folder = next(parent for parent in (path.parent, *path.parent.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    # What an interrupted build has left there will be used again, or removed.
+    building = building_folder(path)
+    if building.exists():
+        free += sum(file.stat().st_blocks * 512 for file in building.rglob("*") if file.is_file())
+    if free < plan.bytes_while_building:
+        raise UserError(
+            f"Building the index {path.name!r} takes up to {plan.bytes_while_building / 1e9:.1f} GB, the disk of "
+            f"{str(folder)!r} has {free / 1e9:.1f} GB free; free some space, or set rows."
+        )
+
+
+def building_folder(path: Path) -> Path:
+    """Where an index lies while it is being built."""
+    return path.with_name(path.name + ".building")
