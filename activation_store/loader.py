@@ -8,6 +8,7 @@ thread has read ahead is not counted.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -321,10 +322,8 @@ class _Reader:
         """End the thread. Returns when it is gone, so that nothing reads a store that is then removed."""
         self._stopped.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)  # it may be waiting for room
-            except queue.Empty:
-                pass
 
     def _run(self) -> None:
         try:
@@ -333,5 +332,5 @@ class _Reader:
                 if self._stopped.is_set():
                     return
             self._ready.put((False, None))
-        except BaseException as problem:  # noqa: BLE001  # handed to the thread that takes the items
+        except BaseException as problem:  # handed to the thread that takes the items
             self._ready.put((False, problem))

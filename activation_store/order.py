@@ -108,7 +108,7 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """One rank's batches in one epoch: ``positions`` are its chunks in reading order, as indices into ``order.chunks``."""
+    """One rank's batches in one epoch. ``positions``: its chunks in reading order, as indices into ``order.chunks``."""
 
     order: Order
     number: int

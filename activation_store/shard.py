@@ -39,7 +39,7 @@ class ShardWriter:
         self.rows = 0
         self._disk = disk
         self._hash = xxhash.xxh3_64()
-        self._file = disk.create(temporary)
+        self._file: int | None = disk.create(temporary)
 
     def append(self, rows: np.ndarray) -> None:
         """Write rows of the array's carrier type (n, *row_shape)."""
@@ -57,6 +57,7 @@ class ShardWriter:
         index[:chunks, 0] = np.arange(chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
         index[:chunks, 1] = chunk_bytes
         self._write(encode_index(index))
+        assert self._file is not None
         self._disk.sync(self._file, "shard")
         self.close()
         return self._hash.hexdigest()
@@ -68,6 +69,7 @@ class ShardWriter:
             self._file = None
 
     def _write(self, content: bytes | memoryview) -> None:
+        assert self._file is not None, "a sealed shard takes no more rows"
         if len(content):
             self._disk.write(self._file, content, "shard")
             self._hash.update(content)

@@ -308,7 +308,7 @@ def statistics_files(hook_name: str, values: Mapping[str, Any]) -> dict[str, byt
     return files
 
 
-# --- the manifest ------------------------------------------------------------------------------------------------------
+# --- the manifest -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -429,6 +429,13 @@ class Manifest:
             raise UserError(
                 f"{name} describes a store compressed by {body['compression']!r}, which is not supported yet."
             )
+        try:
+            return cls._of_body(body)
+        except (KeyError, TypeError) as problem:
+            raise UserError(f"{name} is damaged: its manifest lacks or misuses {problem}.") from None
+
+    @classmethod
+    def _of_body(cls, body: dict[str, Any]) -> Manifest:
         plan = body["plan"]
         return cls(
             hooks=tuple(HookSpec(h["name"], tuple(h["shape"]), h["dtype"]) for h in body["hooks"]),
@@ -487,7 +494,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-# --- JSON and checksums ------------------------------------------------------------------------------------------------
+# --- JSON and checksums -----------------------------------------------------------------------------------------------
 
 
 def checksum(content: bytes | bytearray | memoryview | np.ndarray) -> str:
@@ -496,7 +503,7 @@ def checksum(content: bytes | bytearray | memoryview | np.ndarray) -> str:
 
 
 def render_json(value: Any) -> bytes:
-    """JSON as it is written to disk: indented for people, one way only, so that files can be compared by their bytes."""
+    """JSON as it is written to disk: indented for people, and one way only, so that bytes can be compared."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
