@@ -10,10 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 KILL_VARIABLE = "ACTIVATION_STORE_KILL_AT"
 """Environment variable of the kill tests, such as ``shard.rename:2``: see `activation_store.testing.KillingDisk`."""
+
+SYNCED_AT_ONCE = 16
 
 
 class Disk:
@@ -29,7 +34,7 @@ class Disk:
         self.make_folder(path.parent)
         self.reach("folder.make")
         path.mkdir(exist_ok=True)
-        self.sync_folder(path.parent, "folder")
+        self.sync_folders([path.parent], "folder")
 
     def create(self, path: Path) -> int:
         """Open a new or emptied file for writing; returns its descriptor."""
@@ -43,23 +48,20 @@ class Disk:
         while len(rest):
             rest = rest[os.write(file, rest) :]
 
-    def sync(self, file: int, subject: str) -> None:
+    def sync(self, files: Sequence[int], subject: str) -> None:
+        """Make the content of files durable. All at once: the file system then needs few commits of its journal."""
         self.reach(f"{subject}.sync")
-        os.fsync(file)
+        _at_once(os.fsync, files)
 
     def rename(self, source: Path, target: Path, subject: str) -> None:
         """Replace ``target`` by ``source`` in one step."""
         self.reach(f"{subject}.rename")
         os.replace(source, target)
 
-    def sync_folder(self, path: Path, subject: str) -> None:
-        """Make the names in a folder durable."""
-        self.reach(f"{subject}.sync_folder")
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def sync_folders(self, folders: Iterable[Path], subject: str) -> None:
+        """Make the names in folders durable."""
+        self.reach(f"{subject}.sync_folders")
+        _at_once(_sync_folder, sorted(set(folders)))
 
     def remove(self, path: Path, subject: str) -> None:
         """Remove a file or a folder with all in it; nothing happens if there is none."""
@@ -70,17 +72,42 @@ class Disk:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
-    def replace(self, target: Path, content: bytes, staging: Path, subject: str) -> None:
-        """Give ``target`` new content in one step: written beside, synced, renamed, the folder synced."""
-        temporary = staging / f"{subject}.new"
-        file = self.create(temporary)
+    def replace(self, contents: Mapping[Path, bytes], staging: Path, subject: str, durable: bool = True) -> None:
+        """Give each file its new content in one step: written aside, synced, renamed, the folders synced.
+
+        Args:
+            durable: False leaves out the syncing. A killed process loses nothing by that; a power cut may.
+        """
+        files = []
         try:
-            self.write(file, content, subject)
-            self.sync(file, subject)
+            for i, content in enumerate(contents.values()):
+                files.append(self.create(staging / f"{subject}-{i}"))
+                self.write(files[-1], content, subject)
+            if durable:
+                self.sync(files, subject)
         finally:
-            os.close(file)
-        self.rename(temporary, target, subject)
-        self.sync_folder(target.parent, subject)
+            for file in files:
+                os.close(file)
+        for i, target in enumerate(contents):
+            self.rename(staging / f"{subject}-{i}", target, subject)
+        if durable:
+            self.sync_folders((target.parent for target in contents), subject)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _at_once(sync: Callable[[Any], None], targets: Sequence[Any]) -> None:
+    if len(targets) == 1:
+        sync(targets[0])
+    elif targets:
+        with ThreadPoolExecutor(min(len(targets), SYNCED_AT_ONCE)) as pool:
+            list(pool.map(sync, targets))
 
 
 def default_disk() -> Disk:

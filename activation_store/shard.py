@@ -48,7 +48,7 @@ class ShardWriter:
         self.rows += len(rows)
 
     def seal(self) -> str:
-        """Pad the last chunk, write the index, sync and close. Returns the checksum of the whole file."""
+        """Pad the last chunk and write the index; syncing is left to the caller. Returns the file's checksum."""
         per_chunk = self.geometry.rows_per_chunk
         chunk_bytes = per_chunk * self.array.row_bytes
         chunks = -(-self.rows // per_chunk)
@@ -57,10 +57,13 @@ class ShardWriter:
         index[:chunks, 0] = np.arange(chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
         index[:chunks, 1] = chunk_bytes
         self._write(encode_index(index))
-        assert self._file is not None
-        self._disk.sync(self._file, "shard")
-        self.close()
         return self._hash.hexdigest()
+
+    @property
+    def file(self) -> int:
+        """The descriptor, for syncing."""
+        assert self._file is not None, "this shard is closed"
+        return self._file
 
     def close(self) -> None:
         """Give the file back. A shard that was not sealed stays behind in the staging folder and is swept."""
@@ -69,9 +72,8 @@ class ShardWriter:
             self._file = None
 
     def _write(self, content: bytes | memoryview) -> None:
-        assert self._file is not None, "a sealed shard takes no more rows"
         if len(content):
-            self._disk.write(self._file, content, "shard")
+            self._disk.write(self.file, content, "shard")
             self._hash.update(content)
 
 

@@ -3,8 +3,8 @@
 `KillingDisk` ends the process in the middle of a named operation; with ``ACTIVATION_STORE_KILL_AT=shard.rename:2`` in
 the environment every `StoreWriter` of a process uses one, so real commands can be killed at a point of one's choice.
 The points are the operations of `activation_store.disk.Disk`: shard.write, shard.sync, shard.rename,
-shard.sync_folder, metadata.write, .sync, .rename, .sync_folder, the same four of manifest and statistics, and
-statistics.remove, staging.remove, file.create, folder.make.
+shard.sync_folders, the same four of metadata, manifest and statistics, statistics.remove, staging.remove, file.create,
+folder.make and folder.sync_folders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,11 @@ class Killed(BaseException):
 class UnsyncedDisk(Disk):
     """The local file system without fsync: a killed process loses nothing the system holds, and tests run faster."""
 
-    def sync(self, file: int, subject: str) -> None:
+    def sync(self, files: Sequence[int], subject: str) -> None:
         self.reach(f"{subject}.sync")
 
-    def sync_folder(self, path: Path, subject: str) -> None:
-        self.reach(f"{subject}.sync_folder")
+    def sync_folders(self, folders: Iterable[Path], subject: str) -> None:
+        self.reach(f"{subject}.sync_folders")
 
 
 class RecordingDisk(UnsyncedDisk):

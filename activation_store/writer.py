@@ -36,7 +36,6 @@ from activation_store.spec import (
     METADATA_FILE,
     OWNER_FILE,
     STAGING_FOLDER,
-    STATISTICS,
     Geometry,
     HookSpec,
     Manifest,
@@ -251,18 +250,21 @@ class StoreWriter:
         """Bring all files that follow from the plan to what the manifest says; a kill may have come before them."""
         self._disk.make_folder(self._staging)
         if new:
-            self._replace(METADATA_FILE, self._manifest.to_bytes(), "manifest")
-        for key, content in (document_table_files(self.plan.documents) | self._manifest.fixed_files()).items():
-            self._ensure(key, content)
+            self._replace({METADATA_FILE: self._manifest.to_bytes()}, "manifest")
+        wanted = document_table_files(self.plan.documents) | self._manifest.fixed_files()
+        self._replace({key: content for key, content in wanted.items() if self._content(key) != content}, "metadata")
 
-    def _ensure(self, key: str, content: bytes) -> None:
-        target = self.path / key
-        self._disk.make_folder(target.parent)
-        if not target.exists() or target.read_bytes() != content:
-            self._replace(key, content, "metadata")
+    def _content(self, key: str) -> bytes | None:
+        try:
+            return (self.path / key).read_bytes()
+        except FileNotFoundError:
+            return None
 
-    def _replace(self, key: str, content: bytes, subject: str) -> None:
-        self._disk.replace(self.path / key, content, self._staging, subject)
+    def _replace(self, contents: Mapping[str, bytes], subject: str, durable: bool = True) -> None:
+        for key in contents:
+            self._disk.make_folder((self.path / key).parent)
+        files = {self.path / key: content for key, content in contents.items()}
+        self._disk.replace(files, self._staging, subject, durable)
 
     # --- a commit -----------------------------------------------------------------------------------------------------
 
@@ -284,10 +286,12 @@ class StoreWriter:
         manifest = self._manifest
         number = manifest.committed_shards
         checksums = {path: shard.seal() for path, shard in self._shards.items()}
-        for array in manifest.arrays:
-            target = self.path / array.shard_key(number)
-            self._disk.rename(self._shards[array.path].temporary, target, "shard")
-            self._disk.sync_folder(target.parent, "shard")
+        self._disk.sync([shard.file for shard in self._shards.values()], "shard")
+        targets = {array.path: self.path / array.shard_key(number) for array in manifest.arrays}
+        for path, shard in self._shards.items():
+            shard.close()
+            self._disk.rename(shard.temporary, targets[path], "shard")
+        self._disk.sync_folders((target.parent for target in targets.values()), "shard")
         self._shards = {}
         committed = replace(
             manifest,
@@ -297,9 +301,10 @@ class StoreWriter:
         for hook in manifest.hooks:
             self._moments[hook.name].merge(self._shard_moments[hook.name])
         self._stage_moments(committed.rows)
-        for array in manifest.arrays:
-            self._replace(array.metadata_key, array.metadata(committed.rows, manifest.geometry), "metadata")
-        self._replace(METADATA_FILE, committed.to_bytes(), "manifest")
+        shapes = {array.metadata_key: array.metadata(committed.rows, manifest.geometry) for array in manifest.arrays}
+        # Not synced: the manifest alone decides, and opening the store again writes whatever a power cut took.
+        self._replace(shapes, "metadata", durable=False)
+        self._replace({METADATA_FILE: committed.to_bytes()}, "manifest")
         self._manifest = committed
         self._disk.remove(self._moments_file(manifest.rows), "statistics")
 
@@ -331,11 +336,8 @@ class StoreWriter:
         completed = replace(
             manifest, complete=True, files=manifest.files | {key: checksum(content) for key, content in files.items()}
         )
-        group = f"{STATISTICS}/{METADATA_FILE}"
-        for key, content in ({group: completed.fixed_files()[group]} | files).items():
-            self._disk.make_folder((self.path / key).parent)
-            self._replace(key, content, "statistics")
-        self._replace(METADATA_FILE, completed.to_bytes(), "manifest")
+        self._replace(completed.fixed_files() | files, "statistics")
+        self._replace({METADATA_FILE: completed.to_bytes()}, "manifest")
         self._manifest = completed
 
     # --- the sums behind the statistics -------------------------------------------------------------------------------
