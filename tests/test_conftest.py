@@ -23,7 +23,7 @@ def run_pytest(tmp_path: Path):
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *arguments, "test_it.py"],
             cwd=tmp_path,
-            env=inherited | environment,
+            env=inherited | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment,
             capture_output=True,
             text=True,
             timeout=120,
