@@ -1,0 +1,227 @@
+// A sheet of blocks, one under the other: headings, facts, notices, commands, tables, histograms, grids of these.
+
+const BLOCKS = { heading, section, facts, notice, command, table, histogram, grid, prose, pager };
+
+function blocks(component, list) {
+  return list.map((block) => BLOCKS[block.kind](component, block));
+}
+
+function heading(component, block) {
+  const crumbs = (block.crumbs || []).flatMap((crumb) => [
+    crumb.href ? link(component, crumb.href, {}, crumb.text) : make("span", {}, crumb.text),
+    make("span", { class: "slash", "aria-hidden": "true" }, "/"),
+  ]);
+  return make(
+    "header",
+    { class: "heading" },
+    crumbs.length ? make("nav", { class: "crumbs", "aria-label": "where this is" }, crumbs.slice(0, -1)) : null,
+    make("h1", { class: block.mono ? "mono" : "" }, block.title),
+    block.note ? make("p", { class: "note" }, block.note) : null,
+  );
+}
+
+function section(component, block) {
+  return make("div", { class: "section" }, make("h2", {}, block.title), block.note ? make("span", { class: "note" }, block.note) : null);
+}
+
+function prose(component, block) {
+  return make("p", { class: block.small ? "prose note" : "prose" }, parts(block.parts));
+}
+
+function facts(component, block) {
+  return make(
+    "dl",
+    { class: "facts" },
+    block.items.map((item) =>
+      make(
+        "div",
+        { title: item.title },
+        make("dt", {}, item.label),
+        make("dd", {}, item.href ? link(component, item.href, {}, item.value) : item.value),
+      ),
+    ),
+  );
+}
+
+function parts(list) {
+  return list.map((part) => (part.code ? make("code", {}, part.code) : part.text));
+}
+
+function notice(component, block) {
+  return make("div", { class: `notice ${block.tone}`, role: block.tone === "error" ? "alert" : "status" }, make("p", {}, parts(block.parts)));
+}
+
+function command(component, block) {
+  return make("div", { class: "command" }, make("code", {}, block.text), copyButton(block.text), block.why ? make("span", { class: "note" }, block.why) : null);
+}
+
+function copyButton(text) {
+  const copy = make("button", { type: "button", class: "copy", "aria-label": `copy the command ${text}` }, "copy");
+  copy.addEventListener("click", async (event) => {
+    event.stopPropagation();
+    await navigator.clipboard.writeText(text);
+    copy.textContent = "copied";
+    setTimeout(() => (copy.textContent = "copy"), 1500);
+  });
+  return copy;
+}
+
+function grid(component, block) {
+  return make(
+    "div",
+    { class: "grid", vars: { "--least": block.least } },
+    block.cells.map((cell) => make("div", { class: "cell" }, blocks(component, cell))),
+  );
+}
+
+function pager(component, block) {
+  if (!block.pages.length) return make("div");
+  return make(
+    "nav",
+    { class: "pager", "aria-label": "pages of the table" },
+    make("span", { class: "muted" }, "page"),
+    block.pages.map((page) =>
+      page.current ? make("strong", { "aria-current": "page" }, page.text) : link(component, page.href, {}, page.text),
+    ),
+  );
+}
+
+// --- tables ----------------------------------------------------------------------------------------------------------
+
+function table(component, block) {
+  if (!block.rows.length) return make("p", { class: "empty" }, parts(block.empty || [{ text: "Nothing here." }]));
+  const head = make(
+    "tr",
+    {},
+    block.columns.map((column) => headCell(component, column)),
+  );
+  const body = block.rows.map((row) => {
+    const cells = block.columns.map((column, i) => cell(component, column, row, row.cells[i], i));
+    const line = make("tr", { class: row.href ? "linked" : "", "aria-current": row.current ? "true" : null }, cells);
+    // The whole row is a target for the mouse; the keyboard has the link in its first cell.
+    if (row.href) line.addEventListener("click", () => getSelection().isCollapsed && component.setTriggerValue("go", row.href));
+    return line;
+  });
+  return make(
+    "div",
+    { class: "scroll", tabindex: "-1" },
+    make(
+      "table",
+      { class: block.dense ? "dense" : "" },
+      block.caption ? make("caption", {}, block.caption) : null,
+      make("thead", {}, head),
+      make("tbody", {}, body),
+    ),
+  );
+}
+
+function headCell(component, column) {
+  const arrow = column.sorted ? (column.sorted === "ascending" ? " ↑" : " ↓") : "";
+  const name = column.href ? link(component, column.href, { class: "sorter" }, column.label + arrow) : column.label;
+  return make("th", { scope: "col", class: column.align || "", style: column.width ? `width: ${column.width}` : null, title: column.title, "aria-sort": column.sorted || null }, name);
+}
+
+// A strip's tooltips are as in strips.js; its keyboard is the row's link.
+function stripCell(component, strip) {
+  const line = lineOf(strip, strip.scale);
+  const tip = () => tooltip(rootOf(component));
+  line.addEventListener("pointermove", (event) => {
+    const span = event.target.closest(".t");
+    if (span) tip().show(describe(strip, Number(span.dataset.i)), event.clientX, event.clientY);
+    else tip().hide();
+  });
+  line.addEventListener("pointerleave", () => tip().hide());
+  return line;
+}
+
+function cell(component, column, row, value, position) {
+  const data = value !== null && typeof value === "object" ? value : { text: value };
+  const href = data.href || (position === 0 ? row.href : null);
+  const classes = [column.align, column.mono || data.mono ? "mono" : "", column.muted ? "muted" : "", data.tone]
+    .filter(Boolean)
+    .join(" ");
+  const content = data.strip
+    ? stripCell(component, data.strip)
+    : data.tokens
+    ? data.tokens.map((token) => make("span", { class: "token" }, token))
+    : data.parts
+      ? parts(data.parts)
+      : data.code
+        ? [make("code", {}, data.code), copyButton(data.code)]
+        : String(data.text ?? "");
+  const tag = position === 0 ? "th" : "td";
+  const node = make(
+    tag,
+    { class: classes, title: data.title, scope: position === 0 ? "row" : null },
+    href ? link(component, href, {}, content) : content,
+    data.aside ? make("span", { class: "aside" }, data.aside) : null,
+    data.sub ? make("span", { class: "sub" }, data.sub) : null,
+  );
+  if (data.bar !== undefined) {
+    node.classList.add("bar", data.bar < 0 ? "negative" : "positive");
+    node.style.setProperty("--part", `${Math.min(100, Math.abs(data.bar) * 100)}%`);
+  }
+  return node;
+}
+
+// --- histograms ------------------------------------------------------------------------------------------------------
+
+function histogram(component, block) {
+  const width = 420;
+  const height = block.height || 120;
+  const [left, bottom, top] = [34, 18, 6];
+  const most = Math.max(1, ...block.counts);
+  // Log counts with one added, so that a bin of one is seen next to a bin of a million.
+  const scale = (count) => (Math.log10(count + 1) / Math.log10(most + 1)) * (height - bottom - top);
+  const step = (width - left) / block.counts.length;
+  const root = rootOf(component);
+  const tip = tooltip(root);
+  const bars = block.counts.map((count, i) => {
+    const bar = make("rect", {
+      class: count ? "bin" : "bin none",
+      x: left + i * step + 0.5,
+      y: height - bottom - scale(count),
+      width: Math.max(1, step - 1),
+      height: scale(count),
+    });
+    const target = make("rect", { class: "target", x: left + i * step, y: 0, width: step, height: height - bottom });
+    target.addEventListener("pointermove", (event) =>
+      tip.show(
+        [`${count.toLocaleString("en")} ${block.unit}`, `${shortNumber(block.edges[i])} – ${shortNumber(block.edges[i + 1])}`],
+        event.clientX,
+        event.clientY,
+      ),
+    );
+    target.addEventListener("pointerleave", () => tip.hide());
+    return make("g", {}, bar, target);
+  });
+  const first = block.edges[0];
+  const last = block.edges[block.edges.length - 1];
+  const across = (value) => left + ((value - first) / (last - first || 1)) * (width - left);
+  const labels = ticks(first, last, 5).map((value) =>
+    make("text", { x: across(value), y: height - 4, class: "x" }, shortNumber(value)),
+  );
+  const powers = [];
+  for (let power = 0; 10 ** power <= most; power += Math.max(1, Math.ceil(Math.log10(most) / 4))) {
+    const y = height - bottom - scale(10 ** power);
+    powers.push(make("line", { class: "rule", x1: left, x2: width, y1: y, y2: y }));
+    powers.push(make("text", { class: "y", x: left - 4, y: y + 3.5 }, shortCount(10 ** power)));
+  }
+  return make(
+    "figure",
+    { class: "histogram" },
+    make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": block.label }, powers, bars, labels),
+    block.note ? make("figcaption", { class: "note" }, block.note) : null,
+  );
+}
+
+function shortCount(count) {
+  return count >= 1e6 ? `${count / 1e6}M` : count >= 1e3 ? `${count / 1e3}k` : String(count);
+}
+
+export default function (component) {
+  const root = rootOf(component);
+  root.tooltipBox = null;
+  root.classList.add("sheet");
+  root.replaceChildren(...blocks(component, component.data.blocks));
+}

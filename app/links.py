@@ -1,0 +1,109 @@
+"""The URL is the state: what each page can be asked to show, and the only place that spells a URL parameter.
+
+A link is a frozen dataclass; its fields are the parameters of that page's address. A value equal to its default stays
+out of the address, and a value that does not fit (``latent=abc``) becomes the default, so any pasted address opens its
+page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+
+@dataclass(frozen=True)
+class Link:
+    """A page and what it shows."""
+
+    path: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class HomeLink(Link):
+    path: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class StoreLink(Link):
+    """A store, at the page of tokens that holds ``row``."""
+
+    path: ClassVar[str] = "store"
+    store: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class RunsLink(Link):
+    """``runs``: names separated by commas; none means all of them. ``x``: a name from curves.X_AXES."""
+
+    path: ClassVar[str] = "runs"
+    runs: str = ""
+    x: str = ""
+
+
+@dataclass(frozen=True)
+class FeaturesLink(Link):
+    """The table of one index: what is kept, in which order, and which page of it."""
+
+    path: ClassVar[str] = "features"
+    index: str = ""
+    search: str = ""
+    show: str = ""
+    least: float = 0.0
+    most: float = 1.0
+    sort: str = ""
+    ascending: int = 0
+    page: int = 1
+
+
+@dataclass(frozen=True)
+class FeatureLink(Link):
+    path: ClassVar[str] = "feature"
+    index: str = ""
+    latent: int = -1
+    wrapped: int = 0
+
+
+@dataclass(frozen=True)
+class CircuitLink(Link):
+    path: ClassVar[str] = "circuit"
+    graph: str = ""
+    node: str = ""
+
+
+LINKS: tuple[type[Link], ...] = (HomeLink, StoreLink, RunsLink, FeaturesLink, FeatureLink, CircuitLink)
+AnyLink = TypeVar("AnyLink", bound=Link)
+
+
+def query(link: Link) -> dict[str, str]:
+    """The parameters of a link that differ from their defaults."""
+    return {field.name: str(value) for field in fields(link) if (value := getattr(link, field.name)) != field.default}
+
+
+def address(link: Link) -> str:
+    """The link as a relative reference: pages are siblings, wherever the app is mounted."""
+    parameters = urlencode(query(link))
+    return (link.path or ".") + ("?" + parameters if parameters else "")
+
+
+def from_query(kind: type[AnyLink], parameters: Mapping[str, str]) -> AnyLink:
+    """What a page was asked to show; a missing or unreadable value becomes the default."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.name in parameters:
+            read: type = type(field.default)
+            try:
+                values[field.name] = read(parameters[field.name])
+            except (TypeError, ValueError):
+                continue
+    return kind(**values)
+
+
+def from_address(text: str) -> Link:
+    """The link that an address written by `address` stands for; an unknown page is Home."""
+    parts = urlsplit(text)
+    page = parts.path.strip("./")
+    kind = next((kind for kind in LINKS if kind.path == page), HomeLink)
+    return from_query(kind, dict(parse_qsl(parts.query)))

@@ -1,0 +1,99 @@
+"""Handles on what the workspace holds, opened once and opened again when the file that commits it has changed.
+
+Keys are paths and modification times, so a store that grew, or an index that was made anew, is seen at the next run of
+the page. Everything raises UserError; pages show its sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import streamlit as st
+from dictlearn_app.notes import Notes
+from dictlearn_app.run_history import RunHistory, read_run
+from dictlearn_app.token_text import TokenTexts, read_token_texts
+
+from activation_store.spec import METADATA_FILE
+from activation_store.store import Store, open_store
+from dictlearn.app_command import WORKSPACE_VARIABLE
+from dictlearn.circuits import graph as graphs
+from dictlearn.feature_index.read import FeatureIndex, open_index
+from dictlearn.workspace import Workspace
+
+if TYPE_CHECKING:
+    from dictlearn.circuits.graph import AttributionGraph
+
+
+def workspace() -> Workspace:
+    """The workspace that `dictlearn app` was started on."""
+    return Workspace(Path(os.environ.get(WORKSPACE_VARIABLE, "workspace")))
+
+
+def stamp(*paths: Path) -> tuple[int, ...]:
+    """Modification times and sizes; a missing file is zeros."""
+    found: list[int] = []
+    for path in paths:
+        try:
+            status = path.stat()
+            found += (status.st_mtime_ns, status.st_size)
+        except OSError:
+            found += (0, 0)
+    return tuple(found)
+
+
+def store(name: str) -> Store:
+    """Raises UserError when there is none, or when it is damaged."""
+    path = workspace().existing_store(name)
+    return _store(path, stamp(path / METADATA_FILE))
+
+
+def token_texts(model: str) -> TokenTexts:
+    """Raises UserError when the model, and with it the tokenizer, is no longer to be found."""
+    return _token_texts(model)
+
+
+def run(name: str) -> RunHistory:
+    files = workspace().existing_run(name)
+    return _run(files.folder, stamp(files.config, files.metrics, files.evaluation, files.dictionary))
+
+
+def index(name: str) -> FeatureIndex:
+    """Raises UserError when there is none, or a file of it is missing or of the wrong size."""
+    path = workspace().existing_index(name)
+    return _index(path, stamp(path / METADATA_FILE))
+
+
+def notes() -> Notes:
+    return Notes(workspace().notes)
+
+
+def graph(name: str) -> AttributionGraph:
+    path = workspace().existing_graph(name)
+    return _graph(path, stamp(path))
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _store(path: Path, stamped: tuple[int, ...]) -> Store:
+    return open_store(path)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _token_texts(model: str) -> TokenTexts:
+    return read_token_texts(model)
+
+
+@st.cache_resource(max_entries=200, show_spinner=False)
+def _run(folder: Path, stamped: tuple[int, ...]) -> RunHistory:
+    return read_run(folder)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _index(path: Path, stamped: tuple[int, ...]) -> FeatureIndex:
+    return open_index(path)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _graph(path: Path, stamped: tuple[int, ...]) -> AttributionGraph:
+    return graphs.read(path)
