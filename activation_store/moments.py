@@ -55,7 +55,8 @@ class Moments:
             self.non_finite = self.count + int(np.argmin(np.isfinite(norms)))
         self.norms += float(norms.sum())
         self.total += block.sum(axis=0)
-        self.outer += block.T @ block  # numpy sees one operand transposed and computes half of it (syrk)
+        with np.errstate(invalid="ignore"):  # infinities are reported by `non_finite`, not by a warning
+            self.outer += block.T @ block  # numpy sees one operand transposed and computes half of it (syrk)
         self.count += self._filled
         self._filled = 0
 

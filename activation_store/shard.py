@@ -43,7 +43,7 @@ class ShardWriter:
 
     def append(self, rows: np.ndarray) -> None:
         """Write rows of the array's carrier type (n, *row_shape)."""
-        content = memoryview(np.ascontiguousarray(rows)).cast("B")
+        content = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         self._write(content)
         self.rows += len(rows)
 

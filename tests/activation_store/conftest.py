@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from activation_store.store import Store, open_store
+from tests.activation_store import small_store
+
+
+@pytest.fixture
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder in memory where the system has such: on a disk, each rename over a file waits for the disk."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="activation-store-", dir=memory))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small store. Not to be changed: copy it first."""
+    path = tmp_path_factory.mktemp("stores") / "small"
+    small_store.make(path)
+    return path
+
+
+@pytest.fixture
+def small(small_path: Path) -> Store:
+    return open_store(small_path)
+
+
+@pytest.fixture
+def copied(small_path: Path, fast_folder: Path) -> Path:
+    """A copy of the small store, to be damaged."""
+    return Path(shutil.copytree(small_path, fast_folder / "copied"))

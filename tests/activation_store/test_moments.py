@@ -1,0 +1,76 @@
+"""Streaming moments equal those of all rows at once, and depend on the order of rows but not on how they arrive."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from activation_store.bfloat16 import from_float32, to_float32
+from activation_store.moments import BLOCK_ROWS, Moments
+
+
+def of(rows: np.ndarray, cuts: list[int] | None = None) -> Moments:
+    moments = Moments(rows[0].size)
+    for part in np.split(rows, sorted(cuts or [])):
+        moments.update(part)
+    return moments
+
+
+def test_they_are_the_moments_of_all_rows():
+    rows = np.random.default_rng(0).normal(3, 2, size=(2 * BLOCK_ROWS + 77, 5))
+    moments = of(rows)
+    assert moments.count == 2 * BLOCK_ROWS  # the last 77 are waiting for a full block
+    assert np.allclose(moments.mean, rows.mean(axis=0), rtol=1e-13)
+    assert moments.count == len(rows)
+    assert np.allclose(moments.second_moment, rows.T @ rows / len(rows), rtol=1e-13)
+    assert moments.mean_norm == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-13)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 3000), max_size=6))
+def test_how_rows_are_cut_into_updates_changes_no_bit(cuts):
+    rows = np.random.default_rng(1).normal(size=(3000, 3)).astype(np.float32)
+    assert np.array_equal(of(rows, cuts).to_vector(), of(rows).to_vector())
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """Otherwise the ranks of a job, which have fewer threads each, would make another store."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    rows = np.random.default_rng(2).normal(size=(1500, 257))
+    vectors = []
+    for threads in (1, 2, 3):
+        with threadpoolctl.threadpool_limits(threads):
+            vectors.append(of(rows).to_vector())
+    assert np.array_equal(vectors[0], vectors[1])
+    assert np.array_equal(vectors[0], vectors[2])
+
+
+def test_bits_count_as_the_numbers_they_stand_for():
+    bits = from_float32(np.random.default_rng(3).normal(size=(100, 2, 3)).astype(np.float32))
+    assert np.array_equal(of(bits).to_vector(), of(to_float32(bits).astype(np.float64)).to_vector())
+
+
+def test_merging_adds():
+    rows = np.random.default_rng(4).normal(size=(500, 4))
+    merged = of(rows[:123])
+    merged.merge(of(rows[123:]))
+    assert np.allclose(merged.to_vector(), of(rows).to_vector(), rtol=1e-13)
+    with pytest.raises(ValueError, match="width 3"):
+        merged.merge(Moments(3))
+
+
+def test_they_survive_being_kept_as_a_vector():
+    moments = of(np.random.default_rng(5).normal(size=(50, 3)))
+    assert np.array_equal(Moments.from_vector(3, moments.to_vector()).second_moment, moments.second_moment)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_first_row_that_is_not_finite_is_named(value):
+    rows = np.zeros((2 * BLOCK_ROWS, 2))
+    rows[BLOCK_ROWS + 5 :, 1] = value
+    assert of(rows).non_finite == BLOCK_ROWS + 5
+    before = of(np.zeros((10, 2)))
+    before.merge(of(rows))
+    assert before.non_finite == 10 + BLOCK_ROWS + 5
