@@ -41,10 +41,11 @@ class Call(Generic[Config]):
 
 def parse(verb: str, config: Any, args: list[str], default: Any = None, about: str | None = None) -> Call[Any]:
     """The command line of one verb as a `Call` of its configuration class."""
-    marked = Annotated[Call[config], OmitArgPrefixes, OmitSubcommandPrefixes, FlagCreatePairsOff]
-    extra = {} if default is None else {"default": Call(config=default)}
+    marked: Any = Annotated[Call[config], OmitArgPrefixes, OmitSubcommandPrefixes, FlagCreatePairsOff]
     about = about or (config.__doc__ or "")
-    return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, **extra)  # type: ignore[no-any-return]
+    if default is None:
+        return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args)
+    return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, default=Call(config=default))
 
 
 def say(call: Call[Any], result: Any, show: Callable[[Any], None]) -> None:
@@ -64,7 +65,7 @@ def harvest(args: list[str]) -> None:
 
     call = parse("harvest", HarvestConfig, args)
     workspace = Workspace(call.workspace)
-    config = dataclasses.replace(call.config, store=str(workspace.store(call.config.store)))
+    config = dataclasses.replace(call.config, store=workspace.store(str(call.config.store)))
     if call.dry_run:
         say(call, describe(config), show_plan)
         return
@@ -103,7 +104,7 @@ def evaluate(args: list[str]) -> None:
 
     call = parse("evaluate", EvaluateConfig, args)
     evaluation = run_evaluate(call.config, Workspace(call.workspace), terminal.TerminalProgress())
-    say(call, evaluation, lambda result: show_evaluations([result]))
+    say(call, evaluation, lambda result: terminal.print_evaluations([result]))
 
 
 def store(args: list[str]) -> None:
@@ -220,20 +221,6 @@ def show_store(path: Path) -> None:
     terminal.print_table("", ["hook", "width", "mean norm"], rows)
 
 
-def show_evaluations(evaluations: list[Any]) -> None:
-    """Runs side by side: a column each."""
-    rows: list[list[object]] = [
-        ["hook", *(e.hook_in if e.hook_in == e.hook_out else f"{e.hook_in} -> {e.hook_out}" for e in evaluations)]
-    ]
-    for section in ("reconstruction", "downstream"):
-        measured = [getattr(evaluation, section) or {} for evaluation in evaluations]
-        names = list(dict.fromkeys(name for values in measured for name in values))
-        rows += [[name, *(values.get(name, "") for values in measured)] for name in names]
-    terminal.print_table(
-        "held-out documents; cross-entropies in nats per token", ["", *(e.run for e in evaluations)], rows
-    )
-
-
 def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, (_, words) in VERBS.items())
@@ -263,8 +250,9 @@ def main(args: list[str] | None = None) -> None:
             raise
         terminal.print_error(str(error))
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        terminal.print_error("Interrupted. What was finished is kept; the same command continues from there.")
+    except KeyboardInterrupt as interruption:
+        kept = "Interrupted. What was finished is kept; the same command continues from there."
+        terminal.print_error(str(interruption) or kept)
         raise SystemExit(130) from None
 
 

@@ -6,6 +6,7 @@ Axes: B rows, K slots per row, S latents of the dictionary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Codes:
     def detach(self) -> Codes:
         return Codes(self.indices, self.values.detach(), self.d_sae)
 
-    def to(self, *args, **kwargs) -> Codes:
+    def to(self, *args: Any, **kwargs: Any) -> Codes:
         """Move both arrays; a floating dtype applies to the values alone."""
         values = self.values.to(*args, **kwargs)
         return Codes(self.indices.to(values.device), values, self.d_sae)

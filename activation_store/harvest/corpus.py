@@ -115,7 +115,8 @@ def _left_out_sentence(left_out: dict[str, int]) -> str:
 
 def _read_stdlib() -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents, left_out = [], {"undecodable": 0, "empty": 0, "near-duplicate": 0}
+    documents: list[Document] = []
+    left_out = {"undecodable": 0, "empty": 0, "near-duplicate": 0}
     for path in _walk(root, suffixes=(".py",), skipped_folders=STDLIB_SKIPPED_FOLDERS):
         _append_text(documents, left_out, path, path.relative_to(root).as_posix())
     kept = _without_near_duplicates(documents)
@@ -319,7 +320,8 @@ def _read_hub(name: str, text_field: str, limit_chars: int | None) -> Corpus:
     except Exception as error:  # the library raises a dozen unrelated kinds for "not there" and "no network"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"The hub data set {parts[0]!r} cannot be read: {reason} Check the name and the network, or name a local file."
+            f"The hub data set {parts[0]!r} cannot be read: {reason} Check the name and the network, "
+            "or name a local file."
         ) from error
 
 

@@ -63,6 +63,14 @@ class Dictionary(nn.Module):
     kind: ClassVar[str]
     Config: ClassVar[type]
 
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    rows_since_fired: Tensor
+    input_scale: Tensor
+    target_scale: Tensor
+
     def __init__(self, config: Any, d_in: int, d_out: int | None = None) -> None:
         super().__init__()
         self.config = config

@@ -42,6 +42,9 @@ class ICFL(Dictionary):
     kind = "icfl"
     Config = ICFLConfig
     config: ICFLConfig
+    mean: Tensor
+    whiten: Tensor
+    unwhiten: Tensor
 
     def __init__(self, config: ICFLConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__(config, d_in, d_out)
@@ -51,12 +54,12 @@ class ICFL(Dictionary):
         self.register_buffer("unwhiten", torch.eye(d_in))
 
     @property
-    def W_dec(self) -> Tensor:
+    def W_dec(self) -> Tensor:  # type: ignore[override]
         """(S, D) what each atom adds to a raw activation."""
         return self.atoms @ self.unwhiten
 
     @property
-    def b_dec(self) -> Tensor:
+    def b_dec(self) -> Tensor:  # type: ignore[override]
         return self.mean
 
     def encode(self, x: Tensor) -> Codes:

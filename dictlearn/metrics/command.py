@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated
 
 import tyro
 
 from activation_store.errors import UserError
 from activation_store.progress import NoProgress, Progress
 from dictlearn.dictionaries.description import describe
-from dictlearn.workspace import RunFiles, Workspace
+from dictlearn.workspace import RunFiles, Workspace, read_json
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,16 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything `dictlearn evaluate` found, as it stands in evaluation.json (densities are in the feature index)."""
+    """Everything `dictlearn evaluate` found, as it stands in evaluation.json (densities are in the feature index).
+
+    ``reconstruction`` and ``downstream`` are `dictlearn.metrics.reconstruction.Reconstruction` (without its densities)
+    and `dictlearn.metrics.downstream.Downstream` as dicts; the second is None when no tokens were asked for.
+    """
 
     run: str
     store: str
+    store_fingerprint: str
+    asked: dict[str, int]
     hook_in: str
     hook_out: str
     split: str
@@ -59,19 +65,28 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
         )
     made_from = describe(files.dictionary)["provenance"]
     store = open_store(workspace.existing_store(config.store or made_from["store"]["name"]))
-    if store.manifest.provenance["model"]["fingerprint"] != made_from["model"]["fingerprint"]:
+    model = store.manifest.provenance["model"]
+    if model["fingerprint"] != made_from["model"]["fingerprint"]:
         raise UserError(
-            f"The store {store.path.name!r} was made by the model {store.manifest.provenance['model']['name']!r}, the run "
-            f"{config.run!r} was trained on {made_from['model']['name']!r}; name a store of that model."
+            f"The store {store.path.name!r} was made by the model {model['name']!r}, the run {config.run!r} was "
+            f"trained on {made_from['model']['name']!r}; name a store of that model."
         )
     for hook in (made_from["hook_in"], made_from["hook_out"]):
         if hook not in store.hooks:
             raise UserError(f"The store {store.path.name!r} has no hook {hook!r}, which the run {config.run!r} needs.")
+    there = read_evaluation(files)
+    if there is not None and (there.store_fingerprint, there.asked) == (store.fingerprint, asked(config)):
+        return there
     from dictlearn.metrics.evaluation import evaluate
 
     evaluation = evaluate(config, files, store, progress or NoProgress())
     write_evaluation(evaluation, files)
     return evaluation
+
+
+def asked(config: EvaluateConfig) -> dict[str, int]:
+    """The numbers that an evaluation depends on: one with the same is not made again."""
+    return {"rows": config.rows, "tokens": config.tokens, "batch_size": config.batch_size}
 
 
 def write_evaluation(evaluation: Evaluation, files: RunFiles) -> None:
@@ -80,8 +95,9 @@ def write_evaluation(evaluation: Evaluation, files: RunFiles) -> None:
     os.replace(temporary, files.evaluation)
 
 
-def read_evaluation(files: RunFiles) -> dict[str, Any] | None:
-    """The evaluation of a run, when it has one."""
-    from dictlearn.workspace import read_json
-
-    return read_json(files.evaluation) if files.evaluation.exists() else None
+def read_evaluation(files: RunFiles) -> Evaluation | None:
+    """The evaluation of a run, when it has one of this version."""
+    if not files.evaluation.exists():
+        return None
+    record = read_json(files.evaluation)
+    return Evaluation(**record) if {f.name for f in fields(Evaluation)} == set(record) else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from activation_store.errors import UserError
 from dictlearn.dictionaries.base import Dictionary
-from dictlearn.metrics.splicing import splice
+from dictlearn.metrics.splicing import Replacement, splice
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -61,13 +61,13 @@ def measure_downstream(
         dictionary: takes raw activations; a transcoder names its ``hook_in`` in its provenance.
         hook_out: the hook whose activation is replaced.
         mean: (d_out,) the mean activation, for mean ablation.
-        windows: batches of ``(tokens (B, T) int64, real (B, T) bool)``; padding is on the right and ``real`` is False there.
+        windows: batches of ``(tokens (B, T) int64, real (B, T) bool)``; padding, on the right, is not real.
         skip_first: whether the first position keeps its own activation in all three (BOS, which no row covers).
 
     Raises:
         UserError: when no window holds two tokens.
     """
-    replacements = {
+    replacements: dict[str, Dictionary | Replacement] = {
         "spliced": dictionary,
         "zero_ablated": lambda rows: rows.new_zeros(len(rows), dictionary.d_out),
         "mean_ablated": lambda rows: mean.to(rows).expand(len(rows), -1),

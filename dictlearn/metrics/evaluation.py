@@ -14,7 +14,7 @@ from activation_store.progress import Progress
 from activation_store.store import Store
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import load
-from dictlearn.metrics.command import EvaluateConfig, Evaluation
+from dictlearn.metrics.command import EvaluateConfig, Evaluation, asked
 from dictlearn.metrics.downstream import Downstream, measure_downstream
 from dictlearn.metrics.reconstruction import measure_reconstruction
 from dictlearn.workspace import RunFiles
@@ -38,7 +38,17 @@ def evaluate(config: EvaluateConfig, files: RunFiles, store: Store, progress: Pr
     downstream = None
     if config.tokens:
         downstream = asdict(downstream_on_store(dictionary, store, config.tokens, progress))
-    return Evaluation(files.name, store.path.stem, hook_in, hook_out, SPLIT, reconstruction, downstream)
+    return Evaluation(
+        run=files.name,
+        store=store.path.stem,
+        store_fingerprint=store.fingerprint,
+        asked=asked(config),
+        hook_in=hook_in,
+        hook_out=hook_out,
+        split=SPLIT,
+        reconstruction=reconstruction,
+        downstream=downstream,
+    )
 
 
 def row_batches(
@@ -65,11 +75,11 @@ def downstream_on_store(dictionary: Dictionary, store: Store, tokens: int, progr
     model = load_language_model(spec)
     hook_out = dictionary.provenance["hook_out"]
     mean = torch.from_numpy(store.statistics(hook_out).mean).float().flatten()
-    bos = spec.bos_token_id if dictionary.provenance.get("bos_left_out", True) else None
+    bos = store.manifest.batches["bos_token_id"]
     with progress.task("running the spliced model", total=tokens, unit="tokens") as task:
 
         def counted() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch, real in token_windows(store, bos, record["context"], tokens):
+            for batch, real in token_windows(store, bos, store.manifest.batches["context"], tokens):
                 yield batch, real
                 task.advance(int(real.sum()))
 

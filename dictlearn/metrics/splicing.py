@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def splice(
 
 
 def _remember(seen: dict[str, Tensor], name: str) -> Callable:
-    def hook_function(activation: Tensor, hook) -> None:
+    def hook_function(activation: Tensor, hook: Any) -> None:
         seen[name] = activation
 
     return hook_function
@@ -82,7 +82,7 @@ def _remember(seen: dict[str, Tensor], name: str) -> Callable:
 def _replace(
     seen: dict[str, Tensor], source: str | None, replacement: Dictionary | Replacement, skips_first: bool
 ) -> Callable:
-    def hook_function(activation: Tensor, hook) -> Tensor:
+    def hook_function(activation: Tensor, hook: Any) -> Tensor:
         inputs = activation if source is None else seen[source]
         inputs = inputs.reshape(*activation.shape[:2], -1)  # heads, when there are any, are one vector to a dictionary
         with torch.no_grad():

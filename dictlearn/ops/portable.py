@@ -13,6 +13,7 @@ Axes: B rows, D input width, O output width, S latents, K active per row.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +82,14 @@ class _SelectedActivations(torch.autograd.Function):
     """ReLU'd pre-activations at the selected pairs, already computed; backward reaches x, W_enc and b_enc."""
 
     @staticmethod
-    def forward(ctx, x_BD, W_enc_SD, b_enc_S, values_BK, indices_BK):
+    def forward(
+        ctx: Any, x_BD: Tensor, W_enc_SD: Tensor, b_enc_S: Tensor, values_BK: Tensor, indices_BK: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x_BD, W_enc_SD, values_BK, indices_BK)
         return values_BK.clone()
 
     @staticmethod
-    def backward(ctx, grad_BK):
+    def backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, W_enc_SD, values_BK, indices_BK = ctx.saved_tensors
         grad_BK = grad_BK * (values_BK > 0)
         grad_x = decode(grad_BK, indices_BK, W_enc_SD) if ctx.needs_input_grad[0] else None
@@ -100,12 +103,12 @@ class _Decode(torch.autograd.Function):
     """Embedding bag with the reversed embedding bag as the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, values_BK, indices_BK, W_dec_SO):
+    def forward(ctx: Any, values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
         ctx.save_for_backward(values_BK, indices_BK, W_dec_SO)
         return F.embedding_bag(indices_BK, W_dec_SO, mode="sum", per_sample_weights=values_BK)
 
     @staticmethod
-    def backward(ctx, grad_BO):
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
         values_BK, indices_BK, W_dec_SO = ctx.saved_tensors
         grad_BO = grad_BO.contiguous()
         grad_values = _pair_products(grad_BO, W_dec_SO, indices_BK) if ctx.needs_input_grad[0] else None

@@ -170,7 +170,8 @@ def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
         _refuse_unknown_keys(path, "dictionary.", nested, config_class(kind))
         _refuse_unknown_keys(path, "optimiser.", record.get("optimiser") or {}, OptimiserConfig)
         record["dictionary"] = TypeAdapter(config_class(kind)).validate_python(nested)
-        return TypeAdapter(TrainConfig[config_class(kind)]).validate_python(record)  # type: ignore[misc]
+        complete: Any = TrainConfig[config_class(kind)]  # type: ignore[misc]
+        return TypeAdapter(complete).validate_python(record)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

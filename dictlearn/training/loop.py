@@ -100,7 +100,7 @@ def train(
         started, first_step = time.perf_counter(), state.step
         while state.step < steps:
             rows = next(batches)
-            x, target = rows[config.hook], rows.get(config.target_hook)
+            x, target = rows[config.hook], rows.get(config.target_hook or "")
             set_learning_rate(optimiser, config, state.step, steps)
             loss = dictionary.loss(x, target)
             refuse_nonfinite(loss, state.step, config.name)
@@ -141,8 +141,8 @@ def claim(config: TrainConfig[Any], files: RunFiles) -> None:
         if differing:
             key = differing[0]
             raise UserError(
-                f"The run {files.name!r} exists with another configuration ({key}: {there.get(key)!r}, now {record[key]!r})"
-                "; choose another name, or delete the old run."
+                f"The run {files.name!r} exists with another configuration ({key}: {there.get(key)!r}, "
+                f"now {record[key]!r}); choose another name, or delete the old run."
             )
         return
     files.folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,9 @@ def build(config: TrainConfig[Any], store: Store, control: Store) -> TrainState:
     dictionary = dictionary_class(config.dictionary.kind)(config.dictionary, store.d(config.hook), d_out)
     dictionary.provenance = provenance(config, store)
     first = first_rows(loader, min(INITIAL_ROWS, sum(b - a for a, b in store.split_rows("train"))))
-    dictionary.initialise(first[config.hook], first.get(config.target_hook), generator, control.statistics(config.hook))
+    dictionary.initialise(
+        first[config.hook], first.get(config.target_hook or ""), generator, control.statistics(config.hook)
+    )
     dictionary.to(config.device)
     optimiser = torch.optim.Adam(
         [parameter for parameter in dictionary.parameters() if parameter.requires_grad],
@@ -187,7 +189,7 @@ def provenance(config: TrainConfig[Any], store: Store) -> dict[str, Any]:
         "hook_in": config.hook,
         "hook_out": config.target_hook or config.hook,
         "model": manifest.provenance["model"],
-        "bos_left_out": manifest.provenance.get("bos_left_out", True),
+        "bos_left_out": manifest.batches.get("bos_token_id") is not None,
         "store": {"name": config.store, "fingerprint": store.fingerprint},
         "seed": config.seed,
     }

@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ VOCABULARY = 4096
 CONTEXT = 512
 SEED = 20261121
 
-ARCHITECTURE = dict(
+ARCHITECTURE: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=256,
     intermediate_size=704,
@@ -81,7 +82,7 @@ def windows_of_epoch(documents: list[np.ndarray], epoch: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def held_out_loss(model, documents: list[np.ndarray], device: str) -> float:
+def held_out_loss(model: LlamaForCausalLM, documents: list[np.ndarray], device: str) -> float:
     """Mean nats per token over the held-out documents, packed into windows of CONTEXT."""
     stream = np.concatenate(documents)
     count = (len(stream) - 1) // CONTEXT
@@ -123,11 +124,13 @@ def train(folder: Path, epochs: int, batch: int, compile_model: bool) -> None:
     steps_per_epoch = tokens_per_epoch // (CONTEXT * batch) - 1
     steps = epochs * steps_per_epoch
     print(
-        f"{len(documents)} documents, {tokens_per_epoch:,} tokens, {steps:,} steps of {CONTEXT * batch:,} tokens on {device}"
+        f"{len(documents)} documents, {tokens_per_epoch:,} tokens, {steps:,} steps of {CONTEXT * batch:,} tokens "
+        f"on {device}"
     )
 
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, initializer_range=0.02)).to(device)
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, initializer_range=0.02))
+    model.to(torch.device(device))  # type: ignore[arg-type]
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -156,7 +159,7 @@ def train(folder: Path, epochs: int, batch: int, compile_model: bool) -> None:
     if compile_model:
         loss_of = torch.compile(loss_of)
     started, saved_at = time.time(), time.time()
-    first_step, windows, epoch_of_windows = step, None, -1
+    first_step, windows, epoch_of_windows = step, np.empty((0, CONTEXT + 1), np.int32), -1
     while step < steps:
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != epoch_of_windows:
@@ -201,6 +204,7 @@ def export(folder: Path, destination: Path) -> None:
         raise SystemExit("A weight does not fit half precision.")
     destination.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(destination)
+    (destination / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
         bos_token=BOS,
@@ -212,12 +216,19 @@ def export(folder: Path, destination: Path) -> None:
     (destination / "generation_config.json").unlink(missing_ok=True)
     shutil.rmtree(destination / ".cache", ignore_errors=True)
     corpus = open_corpus("stdlib")
-    record = {"step": state["step"], "log": state["log"], "corpus": corpus.fingerprint, "origin": corpus.origin,
-              "left_out": corpus.left_out, "seed": SEED, "epochs": state["epochs"], "batch": state["batch"]}  # fmt: skip
+    record = {
+        "step": state["step"],
+        "log": state["log"],
+        "corpus": corpus.fingerprint,
+        "origin": corpus.origin,
+        "left_out": corpus.left_out,
+        "seed": SEED,
+        "epochs": state["epochs"],
+        "batch": state["batch"],
+    }
     (destination / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        f"wrote {destination}: {sum(f.stat().st_size for f in destination.iterdir()) / 1e6:.1f} MB, step {state['step']:,}"
-    )
+    size = sum(file.stat().st_size for file in destination.iterdir())
+    print(f"wrote {destination}: {size / 1e6:.1f} MB, step {state['step']:,}")
 
 
 if __name__ == "__main__":

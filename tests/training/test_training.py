@@ -38,9 +38,9 @@ def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model") 
     documents = [
         DocumentRows(f"doc{i}", "held-out" if i % 10 == 0 else "train", i * 100, 100) for i in range(rows // 100)
     ]
-    plan = StorePlan(rows, documents, {"BOS": 30}, {"seed": 0})
+    plan = StorePlan(rows, documents, {"BOS": 30}, {"seed": 0, "context": 16, "bos_token_id": 0})
     hooks = [HookSpec(IN, (16,), "float32"), HookSpec(OUT, (12,), "float32")]
-    provenance = {"model": {"name": "planted", "fingerprint": fingerprint}, "corpus": {"name": "none"}, "context": 16}
+    provenance = {"model": {"name": "planted", "fingerprint": fingerprint}, "corpus": {"name": "none"}}
     with StoreWriter(path, plan, hooks, Geometry(64, 512), provenance) as writer:
         document_of_row = np.arange(rows) // 100
         values = {IN: x.astype(np.float32), OUT: y.astype(np.float32)}

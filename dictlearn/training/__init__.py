@@ -1,0 +1,1 @@
+"""Fitting one dictionary to a store: configuration, the loop, exact resume."""
