@@ -75,7 +75,9 @@ class BatchPlan:
     def first_rows(self) -> np.ndarray:
         """(batches + 1,): the first row of each batch, and the number of all rows."""
         step = self.context * self.batch_size
-        counts = [int(self._keeps(self.stream_T[start : start + step]).sum()) for start in range(0, len(self.stream_T), step)]
+        counts = [
+            int(self._keeps(self.stream_T[start : start + step]).sum()) for start in range(0, len(self.stream_T), step)
+        ]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     @property
@@ -120,7 +122,7 @@ class BatchPlan:
         )
 
     def batches_from(self, row: int) -> Iterator[tuple[Batch, int]]:
-        """Batches from the one that holds ``row``, each with the number of its leading rows that come before ``row``."""
+        """Batches from the one that holds ``row`` on, each with how many of its rows come before ``row``."""
         if row >= self.rows:
             return
         for index in range(int(np.searchsorted(self.first_rows, row, side="right")) - 1, self.batches):
@@ -207,6 +209,6 @@ def _groups(documents: list[Document]) -> Iterator[list[Document]]:
 def _check_vocabulary(tokens: np.ndarray, vocab_size: int, document: Document) -> None:
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise UserError(
-            f"The tokenizer gives token {int(tokens.max())} in document {document.id!r}, but the model's vocabulary has "
-            f"{vocab_size} tokens: tokenizer.json and config.json do not belong together."
+            f"The tokenizer gives token {int(tokens.max())} in document {document.id!r}, but the model's vocabulary "
+            f"has {vocab_size} tokens: tokenizer.json and config.json do not belong together."
         )

@@ -30,7 +30,7 @@ class Capture:
         self.forward_passes = 0
         self._context: Any = None
         self._kept: torch.Tensor | None = None
-        self._positions = (0, 0)
+        self._positions: tuple[int, ...] = (0, 0)
         self._rows: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Capture:
@@ -53,7 +53,7 @@ class Capture:
 
         Args:
             tokens_BC: token ids, on the model's device.
-            kept_N: the rows wanted, as indices into the B * C positions; None for all.
+            kept_N: the rows wanted (at least one), as indices into the B * C positions; None for all.
 
         Returns:
             For each hook, in the order asked for, rows of shape (N, *shape) in ``dtype`` on the model's device.
@@ -71,30 +71,33 @@ class Capture:
         for hook in self.hooks:
             if hook not in self._rows:
                 raise UserError(
-                    f"The hook {hook!r} never fired in a forward pass of this model, so there is nothing to harvest there; "
-                    "choose another hook."
+                    f"The hook {hook!r} never fired in a forward pass of this model, so there is nothing to harvest "
+                    "there; choose another hook."
                 )
         rows, self._rows = self._rows, {}
         return {hook: rows[hook] for hook in self.hooks}
 
     def _read(self, hook: str, activation: torch.Tensor) -> None:
         """Copy the rows wanted (a later module may write into the activation), and stop once every hook has fired."""
-        import torch
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
         windows, context = self._positions
         shape = self.hooks[hook]
         if tuple(activation.shape) not in ((windows, context, *shape), (windows * context, *shape)):
             raise UserError(
-                f"The activation at {hook!r} has shape {tuple(activation.shape)} for {windows} windows of {context} tokens, "
-                f"where the model's config makes it {(windows, context, *shape)}; this hook cannot be harvested here."
+                f"The activation at {hook!r} has shape {tuple(activation.shape)} for {windows} windows of {context} "
+                f"tokens, where the model's config makes it {(windows, context, *shape)}; "
+                "this hook cannot be harvested here."
             )
-        rows = activation.detach().reshape(windows * context, *shape)
-        rows = rows[self._kept] if self._kept is not None else rows.clone()
-        converted = rows.to(self.dtype)
-        if not torch.isfinite(converted).all():
-            raise UserError(_why_not_finite(hook, rows, converted))
-        self._rows[hook] = converted
+        rows = activation.reshape(windows * context, *shape)
+        if self._kept is None:
+            kept = rows.to(self.dtype, copy=True)
+        else:  # converting first and selecting by index_select is four times as fast as rows[kept].to(dtype)
+            kept = rows.to(self.dtype).index_select(0, self._kept)
+        # aminmax lets NaN through and takes 4 % of the time of isfinite().all().
+        if not all(bound.isfinite() for bound in kept.aminmax()):
+            raise UserError(_why_not_finite(hook, rows, kept.dtype))
+        self._rows[hook] = kept
         if len(self._rows) == len(self.hooks):
             raise StopAtLayerException(activation)
 
@@ -109,13 +112,14 @@ class _Reader:
         self.capture._read(self.hook_name, activation)
 
 
-def _why_not_finite(hook: str, rows: torch.Tensor, converted: torch.Tensor) -> str:
+def _why_not_finite(hook: str, rows: torch.Tensor, dtype: torch.dtype) -> str:
     import torch
 
-    if torch.isfinite(rows).all():
-        dtype = str(converted.dtype).removeprefix("torch.")
-        return f"An activation at {hook!r} is {rows.abs().max().item():.3g}, too large for {dtype}; store bfloat16 or float32."
     count = int((~torch.isfinite(rows)).sum())
+    if not count:
+        name = str(dtype).removeprefix("torch.")
+        largest = rows.abs().max().item()
+        return f"An activation at {hook!r} is {largest:.3g}, too large for {name}; store bfloat16 or float32."
     return (
         f"The activation at {hook!r} has {count} values that are not finite (NaN or infinite); "
         "the weights are damaged, or the model overflows in the dtype it runs in (try float32)."

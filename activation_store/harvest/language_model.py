@@ -3,7 +3,7 @@
 ``resolve_model`` reads ``config.json`` and nothing heavier, so that a wrong name, hook or context length is refused
 before torch is even imported. ``load_language_model`` then makes a TransformerLens ``TransformerBridge`` of the same
 folder or hub name. The table of hooks below says, for every TransformerLens name we accept, which shape one token's
-activation has; it was checked against the Bridge on nineteen layouts (tests/activation_store/harvest/test_hooks_fire.py).
+activation has; test_hooks_fire.py holds it against the Bridge on nineteen layouts.
 
 Another kind of model can be added from outside: an entry point in the group ``dictlearn.language_models`` called, say,
 ``codebook`` makes names of the form ``codebook:ARGUMENT`` known (see ``Loader``).
@@ -71,7 +71,7 @@ class ModelSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and the weights; for a hub name, of the config and the revision, which fixes the weights."""
+        """Hash of the config and the weights; for a hub name, of the config and the revision (it fixes the weights)."""
         digest = hashlib.sha256(self.config_hash.encode())
         if self.folder is None:
             digest.update(str(self.revision).encode())
@@ -107,7 +107,7 @@ class ModelSpec:
 
     def hooks(self) -> list[str]:
         """Every hook name this model accepts, in the order of the forward pass within a layer."""
-        names = []
+        names: list[str] = []
         for site in SITES:
             if site.refused or (site.needs and site.needs not in self.features):
                 continue
@@ -118,7 +118,7 @@ class ModelSpec:
         return names
 
     def last_layer_needed(self, hooks: Sequence[str]) -> int:
-        """The last block that must run to reach all ``hooks``: -1 for none, ``n_layers`` when the final norm is needed."""
+        """The last block that must run to reach all ``hooks``: -1 for none, ``n_layers`` if the final norm must."""
         needed = [-1]
         for hook in hooks:
             site, layer = _match(hook)
@@ -153,7 +153,9 @@ def _weight_files(folder: Path) -> list[Path]:
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
             return files
-    raise UserError(f"The folder {str(folder)!r} has a config.json but no weights (*.safetensors or pytorch_model*.bin).")
+    raise UserError(
+        f"The folder {str(folder)!r} has a config.json but no weights (*.safetensors or pytorch_model*.bin)."
+    )
 
 
 # --- hooks ----------------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in every model of a kind. ``axes`` name the widths (attributes of ModelSpec) of one token's activation."""
+    """A place in models of a kind. ``axes`` name the widths (attributes of ModelSpec) of one token's activation."""
 
     pattern: str
     axes: tuple[str, ...] = ("d_model",)
@@ -224,9 +226,12 @@ SITES = (
     Site("blocks.{layer}.hook_q_input", refused=_OFF + "blocks.{layer}.attn.hook_in is the attention's input"),
     Site("blocks.{layer}.hook_k_input", refused=_OFF + "blocks.{layer}.attn.hook_in is the attention's input"),
     Site("blocks.{layer}.hook_v_input", refused=_OFF + "blocks.{layer}.attn.hook_in is the attention's input"),
-    Site("hook_unembed", refused="it is as wide as the vocabulary; harvest ln_final.hook_out and apply the unembedding"),
     Site(
-        "unembed.hook_out", refused="it is as wide as the vocabulary; harvest ln_final.hook_out and apply the unembedding"
+        "hook_unembed", refused="it is as wide as the vocabulary; harvest ln_final.hook_out and apply the unembedding"
+    ),
+    Site(
+        "unembed.hook_out",
+        refused="it is as wide as the vocabulary; harvest ln_final.hook_out and apply the unembedding",
     ),
 )
 """In the order of the forward pass, refused ones last."""
@@ -392,7 +397,8 @@ def _resolve_folder(name: str, folder: Path) -> ModelSpec:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
-            f"The folder {str(folder)!r} holds no config.json, so it is no model in Hugging Face layout; {POSSIBLE_NAMES}."
+            f"The folder {str(folder)!r} holds no config.json, so it is no model in Hugging Face layout; "
+            f"{POSSIBLE_NAMES}."
         )
     config, config_hash = _read_config(path, name)
     return spec_from_config(name, config, config_hash, folder=folder)
@@ -414,13 +420,20 @@ def _hub_file(name: str, file: str, revision: str | None = None) -> Path:
     except HFValidationError as error:
         raise UserError(f"There is no model {name!r}: {POSSIBLE_NAMES}.") from error
     except GatedRepoError as error:
-        raise UserError(f"The model {name!r} is gated: accept its licence on the hub and log in with `hf auth login`.") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"There is no model {name!r} on the hub and no folder of that name: {POSSIBLE_NAMES}.") from error
-    except Exception as error:  # offline, no cache, no network, a proxy: the library has a class for each
-        reason = "hub access is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UserError(
-            f"{file} of the model {name!r} is neither in the local cache nor to be had, because {reason}; {POSSIBLE_NAMES}."
+            f"The model {name!r} is gated: accept its licence on the hub and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"There is no model {name!r} on the hub and no folder of that name: {POSSIBLE_NAMES}."
+        ) from error
+    except Exception as error:  # offline, no cache, no network, a proxy: the library has a class for each
+        reason = (
+            "hub access is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        )
+        raise UserError(
+            f"{file} of the model {name!r} is neither in the local cache nor to be had, because {reason}; "
+            f"{POSSIBLE_NAMES}."
         ) from error
 
 
@@ -509,7 +522,9 @@ def load_language_model(spec: ModelSpec, device: str = "cpu", dtype: str = "floa
                 dtype=getattr(torch, dtype),
                 revision=spec.revision,
             )
-        except Exception as error:  # whatever transformers, safetensors or the Bridge raise for a model they cannot read
+        except (
+            Exception
+        ) as error:  # whatever transformers, safetensors or the Bridge raise for a model they cannot read
             raise UserError(
                 f"TransformerLens cannot load {spec.name} ({spec.layout}): {str(error).strip().splitlines()[0]}"
             ) from error

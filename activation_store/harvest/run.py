@@ -225,8 +225,8 @@ class Request:
         hooks = tuple(HookSpec(name, spec.hook_shape(name), config.dtype) for name in config.hooks)
         if spec.n_ctx is not None and config.context > spec.n_ctx:
             raise UserError(
-                f"A context of {config.context} tokens was asked for, but {spec.name} was made for {spec.n_ctx} at most; "
-                f"use --context {spec.n_ctx} or less."
+                f"A context of {config.context} tokens was asked for, but {spec.name} was made for {spec.n_ctx} at "
+                f"most; use --context {spec.n_ctx} or less."
             )
         existing = _read_manifest(config.store)
         if existing is None:
@@ -254,7 +254,7 @@ class Request:
 
     @cached_property
     def device(self) -> str:
-        """The device asked for; "auto" is decided by torch, and without torch only where the machine leaves no doubt."""
+        """The device asked for; "auto" is torch's to decide, unless no driver of a GPU leaves any doubt."""
         if self.config.device != "auto":
             return self.config.device
         if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
@@ -318,7 +318,9 @@ class Request:
         if self.existing is None:
             return
         if self.existing.complete:
-            wanted = replace(wanted, provenance={**wanted.provenance, "versions": self.existing.provenance.get("versions")})
+            wanted = replace(
+                wanted, provenance={**wanted.provenance, "versions": self.existing.provenance.get("versions")}
+            )
         found = differences(self.existing.identity(), wanted.identity())
         if found:
             more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
@@ -364,7 +366,8 @@ def _read_manifest(store: Path) -> Manifest | None:
         raise UserError(f"{store} is a file; name a folder for the store.")
     if foreign:
         raise UserError(
-            f"{store} is not empty and is no activation store (it holds {min(foreign)}); name another folder for the store."
+            f"{store} is not empty and is no activation store (it holds {min(foreign)}); "
+            "name another folder for the store."
         )
     return None
 
@@ -380,7 +383,7 @@ def _version(package: str) -> str | None:
 
 
 def _bytes_on_disk(rows: int, hooks: Sequence[HookSpec], geometry: Geometry) -> int:
-    """Size of a store with ``rows`` rows: whole chunks, shard indexes, statistics; the document table is not counted."""
+    """Size of a store with ``rows`` rows: whole chunks, shard indexes, statistics; without the document table."""
     chunks = -(-rows // geometry.rows_per_chunk)
     index = geometry.shards(rows) * (16 * geometry.chunks_per_shard + 4)
     arrays = sum(chunks * geometry.rows_per_chunk * array.row_bytes + index for array in arrays_of(hooks))
@@ -423,12 +426,12 @@ def _estimate_memory(request: Request, plan: BatchPlan) -> int:
     widest = 6 * spec.d_model + 4 * (spec.d_mlp or 4 * spec.d_model) + 4 * spec.n_heads * config.context
     rows = sum(hook.d for hook in request.hooks) * tokens * 8
     sums = sum(3 * 8 * hook.d * hook.d for hook in request.hooks)
-    text = 2 * sum(len(document.text) for document in request.corpus.documents)
-    return IMPORTS_TAKE + (weights + tokens * widest) * per_number + rows + sums + text + 12 * plan.rows
+    text = sum(len(document.text) for document in request.corpus.documents)
+    return BEFORE_THE_MODEL + (weights + tokens * widest) * per_number + rows + sums + text + 12 * plan.rows
 
 
-IMPORTS_TAKE = 600_000_000
-"""Bytes resident after importing torch (CPU build) and transformer-lens."""
+BEFORE_THE_MODEL = 680_000_000
+"""Bytes resident after importing torch (CPU build) and transformer-lens, and tokenizing by the million characters."""
 
 
 def _estimate_seconds(request: Request, plan: BatchPlan, rows_left: int) -> tuple[float | None, str]:
@@ -438,25 +441,33 @@ def _estimate_seconds(request: Request, plan: BatchPlan, rows_left: int) -> tupl
     if rows_left == 0:
         return 0.0, "nothing is left to compute"
     spec, config = request.spec, request.config
-    layers = min(spec.n_layers, request.spec.last_layer_needed(config.hooks) + 1)
-    per_token = layers * (2 * spec.parameters_per_layer() + 4 * config.context * spec.n_heads * spec.d_head)
+    layers = min(spec.n_layers, spec.last_layer_needed(config.hooks) + 1)
+    products = 2 * spec.parameters_per_layer() / PRODUCTS_REACH
+    scores = SCORE_TAKES * spec.n_heads * config.context
     tokens = plan.batches * config.batch_size * config.context * rows_left / plan.rows
-    seconds = tokens * per_token / (_matrix_speed() * BRIDGE_EFFICIENCY) + LOADING_TAKES
-    return seconds, (
-        f"an estimate: {tokens * per_token / 1e9:,.0f} GFLOP at {BRIDGE_EFFICIENCY:.0%} of the speed numpy multiplies "
-        f"matrices with here now, and {LOADING_TAKES:.0f} s to load the model"
+    work = tokens * layers * (products + scores)
+    return work / _matrix_speed() + LOADING_TAKES, (
+        f"an estimate: the work of {work / 1e9:,.0f} GFLOP, at the speed numpy multiplies matrices with here now, "
+        f"and {LOADING_TAKES:.0f} s to load the model"
     )
 
 
-BRIDGE_EFFICIENCY = 0.35
+PRODUCTS_REACH = 0.8
+"""Share of the speed of a large matrix product that the model's own products reach."""
+
+SCORE_TAKES = 1500
+"""One attention score, at the Bridge's eager attention, takes as long as this many operations of a matrix product: it
+is written and read by some ten elementwise steps (measured on 8 heads of 32, context 128 to 512, on a CPU)."""
+
 LOADING_TAKES = 8.0
+"""Seconds, nearly all of them imports."""
 
 
 def _matrix_speed() -> float:
-    """Floating-point operations per second of a float32 matrix product, the best of five short ones."""
+    """Floating-point operations per second of a float32 matrix product, the best of ten short ones."""
     a = np.ones((768, 768), dtype=np.float32)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
         started = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - started)
@@ -475,6 +486,7 @@ def _compute(request: Request, plan: BatchPlan, progress: Progress, stop_after: 
         return
 
     import torch
+    from threadpoolctl import ThreadpoolController
 
     from activation_store.harvest.capture import Capture
 
@@ -486,7 +498,10 @@ def _compute(request: Request, plan: BatchPlan, progress: Progress, stop_after: 
             bridge = load_language_model(request.spec, request.device, config.model_dtype)
             task.advance(1)
         shapes = {hook.name: hook.shape for hook in request.hooks}
-        with Capture(bridge, shapes, getattr(torch, config.dtype)) as capture:
+        # The writer's sums are small matrix products in numpy, whose BLAS has threads of its own beside torch's: they
+        # wait for each other by spinning, and one product then takes ten times as long as on a single thread.
+        one_blas_thread = ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+        with one_blas_thread, Capture(bridge, shapes, getattr(torch, config.dtype)) as capture:
             computed = _computed_batches(capture, plan, rows_committed, request.device)
             title = f"Harvesting from row {rows_committed:,}" if rows_committed else "Harvesting"
             with progress.task(title, total=plan.rows - rows_committed, unit="rows") as task:
@@ -546,4 +561,6 @@ def _write(
 
 
 def _open_writer(request: Request, plan: BatchPlan) -> StoreWriter:
-    return StoreWriter(request.config.store, request.store_plan(plan), request.hooks, request.geometry, request.provenance)
+    return StoreWriter(
+        request.config.store, request.store_plan(plan), request.hooks, request.geometry, request.provenance
+    )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-CORPUS_TEXT = "def first(x):\n    return x + 1\n\nclass Second:\n    '''A docstring of some words.'''\n    value = None\n"
+CORPUS_TEXT = (
+    "def first(x):\n    return x + 1\n\nclass Second:\n    '''A docstring of some words.'''\n    value = None\n"
+)
 
 
 def save_tiny_model(folder: Path, layout: str = "llama", n_layers: int = 3, n_ctx: int = 32, **changes) -> Path:
@@ -20,7 +22,10 @@ def save_tiny_model(folder: Path, layout: str = "llama", n_layers: int = 3, n_ct
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=300,
+        special_tokens=["<s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([CORPUS_TEXT], trainer)
     size = tokenizer.get_vocab_size()
@@ -31,7 +36,9 @@ def save_tiny_model(folder: Path, layout: str = "llama", n_layers: int = 3, n_ct
     else:
         widths = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=n_layers, max_position_embeddings=n_ctx)
         heads = dict(num_attention_heads=4, num_key_value_heads=2)
-        config = transformers.LlamaConfig(vocab_size=size, bos_token_id=0, eos_token_id=0, **{**widths, **heads, **changes})
+        config = transformers.LlamaConfig(
+            vocab_size=size, bos_token_id=0, eos_token_id=0, **{**widths, **heads, **changes}
+        )
         model = transformers.LlamaForCausalLM
     torch.manual_seed(20)
     random = model(config)

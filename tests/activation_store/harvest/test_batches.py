@@ -27,7 +27,14 @@ def tokenize(texts: list[str]) -> list[list[int]]:
 def plan_of(texts, rows=10**9, context=5, batch_size=3, seed=0, bos=BOS):
     documents = [Document(f"{number}", text) for number, text in enumerate(texts)]
     return plan_batches(
-        documents, tokenize, rows=rows, context=context, batch_size=batch_size, seed=seed, bos_token_id=bos, vocab_size=30
+        documents,
+        tokenize,
+        rows=rows,
+        context=context,
+        batch_size=batch_size,
+        seed=seed,
+        bos_token_id=bos,
+        vocab_size=30,
     )
 
 
@@ -37,7 +44,9 @@ def all_rows(plan):
     return np.concatenate([np.stack([b.token_ids_N, b.positions_N, b.documents_N], 1) for b in parts])
 
 
-corpora = st.lists(st.text("abcdefgh_", max_size=12), min_size=1, max_size=12).filter(lambda t: any(set(x) - {"_"} for x in t))
+corpora = st.lists(st.text("abcdefgh_", max_size=12), min_size=1, max_size=12).filter(
+    lambda t: any(set(x) - {"_"} for x in t)
+)
 shapes = dict(
     context=st.integers(1, 9), batch_size=st.integers(1, 4), seed=st.integers(0, 9), bos=st.sampled_from([BOS, None])
 )
@@ -124,7 +133,14 @@ PINNED = "sha256:1447d7315eff0d6fe4c0fa34661c5ee56c1277d4441e916f8e7bf8d165a98d6
 
 def test_the_fingerprint_sees_every_setting():
     base = dict(texts=["abc", "defgh", "ab", "hgf"], context=5, batch_size=3, seed=0, bos=BOS)
-    changes = [{}, {"texts": ["abd", "defgh", "ab", "hgf"]}, {"context": 6}, {"batch_size": 2}, {"seed": 1}, {"bos": None}]
+    changes = [
+        {},
+        {"texts": ["abd", "defgh", "ab", "hgf"]},
+        {"context": 6},
+        {"batch_size": 2},
+        {"seed": 1},
+        {"bos": None},
+    ]
     assert len({plan_of(**{**base, **change}).fingerprint for change in changes}) == len(changes)
 
 
@@ -137,9 +153,7 @@ def test_documents_that_are_not_needed_are_not_tokenized(monkeypatch):
         return tokenize(texts)
 
     documents = [Document(str(number), "abcdefghij") for number in range(100)]
-    plan = plan_batches(
-        documents, counting, rows=35, context=5, batch_size=2, seed=0, bos_token_id=BOS, vocab_size=30
-    )
+    plan = plan_batches(documents, counting, rows=35, context=5, batch_size=2, seed=0, bos_token_id=BOS, vocab_size=30)
     assert plan.rows == 35 and len(asked) == 4
 
 
@@ -160,7 +174,9 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 
 def test_a_bos_outside_the_vocabulary_is_refused():
-    with pytest.raises(UserError, match="names token 50256 as the beginning of a text, but its vocabulary has 97 tokens"):
+    with pytest.raises(
+        UserError, match="names token 50256 as the beginning of a text, but its vocabulary has 97 tokens"
+    ):
         plan_batches(
             [Document("0", "h")], tokenize, rows=9, context=5, batch_size=2, seed=0, bos_token_id=50256, vocab_size=97
         )

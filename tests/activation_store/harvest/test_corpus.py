@@ -1,4 +1,4 @@
-"""Documents from every kind of source, the split that depends on nothing but the id, and the sentences for bad input."""
+"""Documents from every kind of source, the split that depends on the id alone, and the sentences for bad input."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_near_duplicates_are_left_out_and_the_first_is_kept():
     lines = [f"value_{number} = compute(number={number})" for number in range(40)]
     documents = [
         Document("a", "\n".join(lines)),
-        Document("b", "\n".join(lines[:38] + ["something_else = entirely()"])),
+        Document("b", "\n".join([*lines[:38], "something_else = entirely()"])),
         Document("c", "\n".join(reversed(lines))),
     ]
     assert [d.id for d in corpus_module._without_near_duplicates(documents)] == ["a", "c"]
@@ -178,11 +178,6 @@ def test_bad_parquet(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     assert "is damaged or no Parquet file" in sentence(file, text_field="body")
-    file.write_bytes(whole[:6] + b"\xff" * 20 + whole[26:])
-    try:
-        open_corpus(str(file), text_field="body")
-    except UserError as error:
-        assert "is damaged" in str(error)
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_sentence():

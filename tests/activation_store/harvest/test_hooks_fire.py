@@ -119,10 +119,16 @@ def test_the_pass_ends_at_the_last_hook(fixture, request):
     spec = resolve_model(str(request.getfixturevalue(fixture)))
     bridge = load_language_model(spec)
     computed = []
-    for name in ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", "blocks.2.hook_in", "ln_final.hook_in", "unembed.hook_out"):
+    for name in (
+        "blocks.1.mlp.hook_in",
+        "blocks.1.mlp.hook_out",
+        "blocks.2.hook_in",
+        "ln_final.hook_in",
+        "unembed.hook_out",
+    ):
         bridge.hook_dict[name].add_hook(lambda value, hook, name=name: computed.append(name))
     hooks = ["blocks.1.mlp.hook_in", "blocks.0.hook_resid_post"]
-    with Capture(bridge, {hook: (24,) for hook in hooks}, torch.float32) as capture:
+    with Capture(bridge, dict.fromkeys(hooks, (24,)), torch.float32) as capture:
         capture.run(TOKENS)
     assert computed == ["blocks.1.mlp.hook_in"]
 
@@ -180,7 +186,9 @@ def test_a_shape_that_is_not_the_promised_one(bridge):
 
 
 def test_values_that_are_not_finite(bridge):
-    handle = bridge.hook_dict["blocks.1.hook_resid_pre"].add_hook(lambda value, hook: value.index_fill(1, torch.tensor(3), torch.nan))
+    handle = bridge.hook_dict["blocks.1.hook_resid_pre"].add_hook(
+        lambda value, hook: value.index_fill(1, torch.tensor(3), torch.nan)
+    )
     try:
         said = refusal(bridge, {"blocks.1.hook_resid_post": (24,)})
     finally:

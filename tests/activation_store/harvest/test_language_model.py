@@ -27,7 +27,15 @@ LLAMA = {
     "max_position_embeddings": 32,
     "bos_token_id": 1,
 }
-GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 32, "n_inner": None}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 97,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 32,
+    "n_inner": None,
+}
 
 
 @pytest.fixture
@@ -81,7 +89,9 @@ def test_an_unknown_hook_is_refused_with_the_nearest_names(folder_of):
     assert "has no hook 'blocks.2.hook_resid_pots'; the nearest are blocks.2.hook_resid_post" in said
 
 
-@pytest.mark.parametrize("hook", ["", "x", "blocks.", "blocks.02.hook_in", "blocks.١.hook_in", "blocks.{layer}.hook_in", "\n"])
+@pytest.mark.parametrize(
+    "hook", ["", "x", "blocks.", "blocks.02.hook_in", "blocks.١.hook_in", "blocks.{layer}.hook_in", "\n"]
+)
 def test_odd_hook_names_are_refused(folder_of, hook):
     assert "has no hook" in sentence(resolve_model(folder_of(LLAMA)).hook_shape, hook)
 
@@ -148,7 +158,9 @@ def test_a_folder_that_is_no_model(tmp_path):
     assert "holds no config.json" in sentence(resolve_model, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["", "/no/such/folder", "a b", "a/b/c", "x" * 5000 + "/y/z", "nul\0", "unheard-of:thing"])
+@pytest.mark.parametrize(
+    "name", ["", "/no/such/folder", "a b", "a/b/c", "x" * 5000 + "/y/z", "nul\0", "unheard-of:thing"]
+)
 def test_names_that_can_be_nothing_are_refused_with_what_is_possible(name):
     said = sentence(resolve_model, name)
     assert "There is no model" in said
