@@ -90,8 +90,7 @@ class Shard:
         self.rows = rows
         index_bytes = geometry.chunks_per_shard * 16
         try:
-            # Private writable pages: torch wants writable memory, and nobody can change the file through them.
-            mapped = np.memmap(path, dtype=np.uint8, mode="c")
+            mapped = np.memmap(path, dtype=np.uint8, mode="r")
         except FileNotFoundError:
             raise UserError(f"{name} is missing, though the manifest counts its rows: the store is damaged.") from None
         except ValueError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -112,9 +114,7 @@ def test_splits_share_out_the_rows_by_document(small):
     assert rows["train"] | rows["held-out"] == rows["all"] == set(range(ROWS))
     assert not rows["train"] & rows["held-out"]
     joined = sorted(train + held_out)
-    assert all(stop == start for (_, stop), (start, _) in zip(joined, joined[1:], strict=False)), (
-        "ranges are not maximal"
-    )
+    assert all(stop == start for (_, stop), (start, _) in pairwise(joined)), "ranges are not maximal"
     with pytest.raises(UserError, match="There is no split 'test'; use train, held-out or all"):
         small.split_rows("test")
 
@@ -153,6 +153,7 @@ def test_a_reader_sees_committed_rows_and_may_look_again(fast_folder):
         early = open_store(path)
         assert early.rows == 128 and not early.complete
         assert early.split_rows("all") == [(0, 128)]
+        assert max(stop for split in ("train", "held-out") for _, stop in early.split_rows(split)) == 128
         append(writer, 200, ROWS)
         writer.finish()
     assert early.rows == 128

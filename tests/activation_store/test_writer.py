@@ -91,6 +91,15 @@ def test_leftovers_of_a_dead_writer_are_swept(copied, small_path):
     assert_same_files(copied, small_path)
 
 
+def test_temporary_files_are_swept_when_the_store_is_opened_again(fast_folder):
+    with open_writer(fast_folder / "store") as writer:
+        append(writer, 0, 300)
+    (fast_folder / "store" / ".staging" / "shard-7").write_bytes(b"half a shard")
+    with open_writer(fast_folder / "store"):
+        left = {file.name for file in (fast_folder / "store" / ".staging").iterdir()}
+        assert left == {"moments-256"}
+
+
 def test_metadata_lost_in_a_power_cut_is_written_again(fast_folder, small_path):
     with open_writer(fast_folder / "store") as writer:
         append(writer, 0, 300)
@@ -177,16 +186,14 @@ def test_finishing_too_early_is_refused(writer):
 
 
 def test_a_row_that_is_not_finite_is_named_and_not_committed(fast_folder):
-    broken = stored(HOOKS[1], 0, 200)
+    broken = stored(HOOKS[1], 0, 256)
     broken[140, 1, 2] = np.inf
     with open_writer(fast_folder / "store", UnsyncedDisk()) as writer:
-        with pytest.raises(
-            UserError, match=r"Row 140 of hook blocks\.0\.attn\.hook_z is not a finite number in float16"
-        ):
-            writer.append(rows(0, 200, **{HOOKS[1].name: broken}), *columns(0, 200))
-            append(writer, 200, ROWS)
+        said = r"Row 140 of hook blocks\.0\.attn\.hook_z is not a finite number in float16"
+        with pytest.raises(UserError, match=said):  # when its shard is committed, at the latest
+            writer.append(rows(0, 256, **{HOOKS[1].name: broken}), *columns(0, 256))
         with pytest.raises(ValueError, match="interrupted"):
-            append(writer, 200, 201)
+            append(writer, 256, 257)
     assert open_store(fast_folder / "store").rows == 128
 
 
