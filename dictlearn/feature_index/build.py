@@ -172,7 +172,7 @@ def _decoder(work: IndexWork, dictionary: Dictionary, staging: Staging, progress
             for name, array in zip(("top_tokens", "top_values", "bottom_tokens", "bottom_values"), found, strict=True):
                 staging.write_array(f"logits/{name}", array)
             text = logits_in_words(made.hook_out, made.logits, end)
-            staging.disk.replace(words, text.encode(), staging.folder, "words")
+            staging.write_file(words, text.encode(), subject="words")
     return words.read_text()
 
 

@@ -140,6 +140,8 @@ def run_index(config: IndexConfig, workspace: Workspace, progress: Progress | No
     """
     work, _ = check(config, workspace)
     if is_made(work.path, work.made_from):
+        # All that a kill between naming the index and clearing up can leave.
+        shutil.rmtree(building_folder(work.path), ignore_errors=True)
         return work.path
     from dictlearn.feature_index.build import build
 

@@ -9,7 +9,7 @@ Axes: B rows of a batch, P rows of a part, K slots per row, S latents.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,21 +77,55 @@ def encode_parts(
     parts = _parts_there(staging)
     next_row = parts[-1].stop if parts else 0
     task.advance(next_row)
-    most_slots = memory_bytes // BYTES_PER_SLOT
-    indices: list[np.ndarray] = []
-    values: list[np.ndarray] = []
-    start, slots = next_row, 0
-    for stop, indices_BK, values_BK in _batches(dictionary, store, hook, next_row, rows):
-        if indices and slots + indices_BK.size > most_slots:
-            parts.append(_commit(staging, start, indices, values, dictionary.d_sae))
-            start, slots, indices, values = parts[-1].stop, 0, [], []
-        indices.append(indices_BK)
-        values.append(values_BK)
-        slots += indices_BK.size
+    gathered: Gathered | None = None
+    for first, indices_BK, values_BK in _batches(dictionary, store, hook, next_row, rows):
+        if gathered is not None and not gathered.has_room(indices_BK):
+            parts.append(_commit(staging, gathered, dictionary.d_sae))
+            gathered = None
+        if gathered is None:
+            gathered = Gathered.to_begin(first, indices_BK, memory_bytes // BYTES_PER_SLOT)
+        gathered.append(indices_BK, values_BK, dictionary.d_sae)
         task.advance(len(indices_BK))
-        if stop == rows:
-            parts.append(_commit(staging, start, indices, values, dictionary.d_sae))
+    if gathered is not None:
+        parts.append(_commit(staging, gathered, dictionary.d_sae))
     return parts
+
+
+@dataclass
+class Gathered:
+    """Activations of consecutive rows, as they come out of the encoder, in memory that is taken once.
+
+    (A list of batches would do, but holes between them keep the allocator from giving memory back.)
+
+    Attributes:
+        start: the first row.
+        filled: rows so far.
+        slots_PK, values_PK: latents and activations, of which ``filled`` rows count.
+    """
+
+    start: int
+    slots_PK: np.ndarray
+    values_PK: np.ndarray
+    filled: int = 0
+
+    @classmethod
+    def to_begin(cls, start: int, indices_BK: np.ndarray, most_slots: int) -> Gathered:
+        """Room for ``most_slots`` as wide as the first batch, and for that batch in any case."""
+        rows, width = indices_BK.shape
+        shape = (max(rows, most_slots // width), width)
+        return cls(start, np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.float32))
+
+    def has_room(self, indices_BK: np.ndarray) -> bool:
+        rows, width = indices_BK.shape
+        return self.filled + rows <= len(self.slots_PK) and width <= self.slots_PK.shape[1]
+
+    def append(self, indices_BK: np.ndarray, values_BK: np.ndarray, empty: int) -> None:
+        rows, width = indices_BK.shape
+        here = slice(self.filled, self.filled + rows)
+        self.slots_PK[here, :width] = indices_BK
+        self.values_PK[here, :width] = values_BK
+        self.slots_PK[here, width:] = empty
+        self.filled += rows
 
 
 def batch_rows(d_sae: int) -> int:
@@ -103,7 +137,7 @@ def batch_rows(d_sae: int) -> int:
 def _batches(
     dictionary: Dictionary, store: Store, hook: str, start: int, rows: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """``(row after the last, indices (B, K) int32, values (B, K) float32)``; the index of an empty slot is d_sae."""
+    """``(first row, indices (B, K) int32, values (B, K) float32)``; the index of an empty slot is d_sae."""
     step = batch_rows(dictionary.d_sae)
     device = next(iter(dictionary.buffers())).device
     for first in range(start, rows, step):
@@ -118,7 +152,7 @@ def _batches(
                 "store with `dictlearn store verify`, and look at the run's loss."
             )
         indices_BK = codes.indices.to(torch.int32).cpu().numpy()
-        yield stop, np.where(values_BK == 0, np.int32(dictionary.d_sae), indices_BK), values_BK
+        yield first, np.where(values_BK == 0, np.int32(dictionary.d_sae), indices_BK), values_BK
 
 
 def _parts_there(staging: Staging) -> list[Part]:
@@ -133,67 +167,43 @@ def _parts_there(staging: Staging) -> list[Part]:
     return parts
 
 
-def _commit(staging: Staging, start: int, indices: list[np.ndarray], values: list[np.ndarray], d_sae: int) -> Part:
-    """Sort what was gathered by latent and write it; the lists are emptied on the way."""
+def _commit(staging: Staging, gathered: Gathered, d_sae: int) -> Part:
+    """Sort what was gathered by latent and write it."""
     from scipy.sparse import csr_array
 
-    slots_PK = _joined(indices, fill=d_sae)
-    values_PK = _joined(values, fill=0)
+    slots_PK, start = gathered.slots_PK[: gathered.filled], gathered.start
     filled_PK = slots_PK != d_sae
-    row_ends = np.cumsum(filled_PK.sum(axis=1), dtype=np.int64)
-    by_row = csr_array(
-        (values_PK[filled_PK], slots_PK[filled_PK], np.concatenate([[0], row_ends])), shape=(len(slots_PK), d_sae)
-    )
-    del values_PK, filled_PK
-    by_latent = by_row.tocsc()
-    del by_row
+    # int32 throughout, or scipy would work in int64: a part that fits in memory has fewer than 2**31 slots.
+    row_bounds = np.zeros(len(slots_PK) + 1, dtype=np.int32)
+    np.cumsum(filled_PK.sum(axis=1), out=row_bounds[1:])
+    fired, values_fired = slots_PK[filled_PK], gathered.values_PK[: gathered.filled][filled_PK]
+    del filled_PK
+    by_latent = csr_array((values_fired, fired, row_bounds), shape=(len(slots_PK), d_sae)).tocsc()
+    del fired, values_fired
     stop = start + len(slots_PK)
     # Fixed width, so that the names sort by row.
     folder = staging.folder / "parts" / f"{start:012d}-{stop:012d}"
     temporary = folder.with_name(folder.name + ".new")
     staging.disk.remove(temporary, "part")
-    staging.disk.make_folder(temporary)
-    rows = by_latent.indices.astype(np.int32)
+    rows = by_latent.indices.astype(np.int32, copy=False)
     rows += np.int32(start)
-    _save(staging, temporary / "offsets.npy", by_latent.indptr.astype(np.int64), with_header=True)
-    _save(staging, temporary / "slots.npy", slots_PK, with_header=True)
-    _save(staging, temporary / "rows.bin", rows, with_header=False)
-    _save(staging, temporary / "values.bin", by_latent.data, with_header=False)
-    staging.disk.sync_folder(temporary, "part")
+    files = {
+        "offsets.npy": by_latent.indptr.astype(np.int64),
+        "slots.npy": slots_PK,
+        "rows.bin": rows,
+        "values.bin": by_latent.data,
+    }
+    for name, array in files.items():
+        header = _npy_header(array) if name.endswith(".npy") else b""
+        content = memoryview(array).cast("B") if array.size else b""
+        staging.write_file(temporary / name, header, content, subject="part")
+    staging.settle("part")
     staging.disk.rename(temporary, folder, "part")
-    staging.disk.sync_folder(folder.parent, "part")
+    staging.disk.sync_folders([folder.parent], "part")
     return Part(folder, start, stop)
 
 
-def _joined(blocks: list[np.ndarray], fill: int) -> np.ndarray:
-    """Blocks (B, K) one below the other, padded to the widest; empties the list as it goes."""
-    width = max(block.shape[1] for block in blocks)
-    joined = np.full((sum(map(len, blocks)), width), fill, dtype=blocks[0].dtype)
-    row = 0
-    blocks.reverse()
-    while blocks:
-        block = blocks.pop()
-        joined[row : row + len(block), : block.shape[1]] = block
-        row += len(block)
-    return joined
-
-
-def _save(staging: Staging, path: Path, array: np.ndarray, with_header: bool) -> None:
-    disk = staging.disk
-    file = disk.create(path)
-    try:
-        array = np.ascontiguousarray(array)
-        if with_header:
-            disk.write(file, _npy_header(array), "part")
-        disk.write(file, memoryview(array).cast("B") if array.size else b"", "part")
-        disk.sync(file, "part")
-    finally:
-        os.close(file)
-
-
 def _npy_header(array: np.ndarray) -> bytes:
-    import io
-
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     return header.getvalue()

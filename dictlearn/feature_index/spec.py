@@ -151,7 +151,12 @@ def chunk_keys(array: IndexArray, shape: tuple[int, ...]) -> list[str]:
     if not prod(shape):
         return []
     files = -(-shape[0] // chunk_shape(shape)[0])
-    return [f"{array.path}/c.{number}" + ".0" * (len(shape) - 1) for number in range(files)]
+    return [chunk_key(array, number) for number in range(files)]
+
+
+def chunk_key(array: IndexArray, number: int) -> str:
+    """File ``number`` of an array, counted along its first axis."""
+    return f"{array.path}/c.{number}" + ".0" * (len(array.axes) - 1)
 
 
 def chunk_bytes(array: IndexArray, shape: tuple[int, ...]) -> int:

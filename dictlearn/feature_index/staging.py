@@ -39,15 +39,25 @@ class Staging:
         self.folder = folder
         self.disk = disk or default_disk()
         self.disk.make_folder(folder)
+        self._unsynced: list[Path] = []
         self._owner = Ownership.take(folder / ".owner", store=folder)
-        if self._plan_there() != plan:
-            for entry in sorted(folder.iterdir()):
+        try:
+            self._begin(plan)
+        except BaseException:
+            self._owner.release()
+            raise
+
+    def _begin(self, plan: dict) -> None:
+        """Keep what is there if it is of the same plan, and remove it otherwise."""
+        same = self._plan_there() == plan
+        if not same:
+            for entry in sorted(self.folder.iterdir()):
                 if entry.name != ".owner":
                     self.disk.remove(entry, "staging")
         for name in ("parts", "ranges", "done", "index"):
-            self.disk.make_folder(folder / name)
-        if self._plan_there() != plan:
-            self.disk.replace(folder / "plan.json", json.dumps(plan, indent=2).encode(), folder, "plan")
+            self.disk.make_folder(self.folder / name)
+        if not same:
+            self.replace(self.folder / "plan.json", json.dumps(plan, indent=2).encode(), "plan")
 
     @property
     def index(self) -> Path:
@@ -65,6 +75,35 @@ class Staging:
     def __exit__(self, *exception: object) -> None:
         self._owner.release()
 
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def write_file(self, path: Path, *contents: bytes | memoryview, subject: str) -> None:
+        """Write a new file; durable after `settle`."""
+        self.disk.make_folder(path.parent)
+        file = self.disk.create(path)
+        try:
+            for content in contents:
+                self.disk.write(file, content, subject)
+        finally:
+            os.close(file)
+        self._unsynced.append(path)
+
+    def replace(self, path: Path, content: bytes, subject: str) -> None:
+        """Give a file new content in one step. Everything written before is durable when it is done."""
+        self.settle()
+        self.disk.replace({path: content}, self.folder, subject)
+
+    def settle(self, subject: str = "array") -> None:
+        """Make durable what was written since the last time."""
+        files = [os.open(path, os.O_RDONLY) for path in dict.fromkeys(self._unsynced)]
+        try:
+            self.disk.sync(files, subject)
+        finally:
+            for file in files:
+                os.close(file)
+        self.disk.sync_folders({path.parent for path in self._unsynced}, subject)
+        self._unsynced = []
+
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def is_done(self, step: str) -> bool:
@@ -72,9 +111,9 @@ class Staging:
 
     @contextmanager
     def step(self, step: str) -> Iterator[None]:
-        """The block's files are durable when it ends; then the step is done."""
+        """When the block ends without an error its files are made durable, and the step is done."""
         yield
-        self.disk.replace(self.folder / "done" / step, b"", self.folder, "mark")
+        self.replace(self.folder / "done" / step, b"", "mark")
 
     # --- files of the index -------------------------------------------------------------------------------------------
 
@@ -85,26 +124,17 @@ class Staging:
         step = chunk_shape(values.shape)[0]
         for number, key in enumerate(chunk_keys(array, values.shape)):
             content = values[number * step : (number + 1) * step].tobytes()
-            self._write(key, content + bytes(chunk_bytes(array, values.shape) - len(content)))
+            padding = bytes(chunk_bytes(array, values.shape) - len(content))
+            self.write_file(self.index / key, content, padding, subject="array")
 
     def write_metadata(self, sizes: Sizes, manifest: bytes) -> None:
         """Write every zarr.json."""
         for array in BY_PATH.values():
-            self._write(f"{array.path}/{METADATA_FILE}", metadata(array, sizes.shape(array)))
+            content = metadata(array, sizes.shape(array))
+            self.write_file(self.index / array.path / METADATA_FILE, content, subject="metadata")
         for group in GROUPS:
-            self._write(f"{group}/{METADATA_FILE}", group_metadata())
-        self._write(METADATA_FILE, manifest)
-
-    def _write(self, key: str, content: bytes) -> None:
-        path = self.index / key
-        self.disk.make_folder(path.parent)
-        file = self.disk.create(path)
-        try:
-            self.disk.write(file, content, "array")
-            self.disk.sync(file, "array")
-        finally:
-            os.close(file)
-        self.disk.sync_folder(path.parent, "array")
+            self.write_file(self.index / group / METADATA_FILE, group_metadata(), subject="metadata")
+        self.write_file(self.index / METADATA_FILE, manifest, subject="metadata")
 
     def long_array(self, path: str, length: int) -> LongArray:
         """A one-dimensional array to be written piece by piece."""
@@ -112,8 +142,9 @@ class Staging:
 
     def finish(self, target: Path) -> None:
         """The index is whole: give it its name, and remove all else."""
+        self.settle()
         self.disk.rename(self.index, target, "index")
-        self.disk.sync_folder(target.parent, "index")
+        self.disk.sync_folders([target.parent], "index")
         self.disk.remove(self.folder, "staging")
 
 
@@ -130,7 +161,7 @@ class LongArray:
             staging.disk.make_folder((staging.index / self._keys[0]).parent)
 
     def write(self, start: int, values: np.ndarray) -> None:
-        """Put values (n,) at entries start..start + n; durable on return."""
+        """Put values (n,) at entries start..start + n; durable after `Staging.settle`."""
         disk = self._staging.disk
         values = np.ascontiguousarray(values, dtype=self._array.carrier)
         stop = start + len(values)
@@ -148,7 +179,6 @@ class LongArray:
                 while len(rest):
                     written = os.pwrite(file, rest, offset)
                     rest, offset = rest[written:], offset + written
-                disk.sync(file, "array")
             finally:
                 os.close(file)
-            disk.sync_folder(path.parent, "array")
+            self._staging._unsynced.append(path)

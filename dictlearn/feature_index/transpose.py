@@ -13,6 +13,7 @@ import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -136,8 +137,9 @@ def transpose(
             found = _describe(rows, values, offsets[start : stop + 1] - offsets[start], edges, texts)
             found["coactive/latents"], found["coactive/counts"] = _most_coactive(together_LS, counts_S, start, stop)
             content = io.BytesIO()
-            np.savez(content, **{name.replace("/", "."): found[name] for name in PER_LATENT})
-            staging.disk.replace(kept, content.getvalue(), staging.folder, "range")
+            named: dict[str, Any] = {name.replace("/", "."): found[name] for name in PER_LATENT}
+            np.savez(content, **named)
+            staging.replace(kept, content.getvalue(), "range")
         with np.load(kept) as there:
             statistics.append({name: there[name.replace("/", ".")] for name in PER_LATENT})
         advance(int(offsets[stop] - offsets[start]))
@@ -272,7 +274,9 @@ def _most_coactive(
     """``(latents (L, T), rows together (L, T))`` with the largest Jaccard index; -1 and 0 where there are no more."""
     latents = np.full((stop - start, LISTED), -1, dtype=np.int32)
     counts = np.zeros((stop - start, LISTED), dtype=np.int64)
-    for which in range(stop - start) if together_LS is not None else ():
+    if together_LS is None:
+        return latents, counts
+    for which in range(stop - start):
         together_LS[which, start + which] = 0
         others = np.flatnonzero(together_LS[which])
         both = together_LS[which, others].astype(np.int64)
