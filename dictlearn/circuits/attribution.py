@@ -90,7 +90,7 @@ def attribute(
     logit_probability: float = 0.95,
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
-    max_features: int = 4096,
+    max_features: int = 2048,
     dropped_positions: tuple[int, ...] | None = None,
     nulls: bool = True,
     seed: int = 0,
@@ -110,7 +110,9 @@ def attribute(
         max_logits, logit_probability: explain the most likely tokens until their probabilities sum to
             ``logit_probability``, at most ``max_logits`` of them.
         node_threshold, edge_threshold: share of influence that kept nodes and edges cover.
-        max_features: trace the inputs of at most this many features, the most influential first.
+        max_features: trace the inputs of at most this many features, the most influential first. Scores depend on it,
+            so compare graphs made with the same. On one core and 4 layers of 256, 64 tokens with 32 features each take
+            2 s for 2048 features and 5 s for all 8192 (three times that with nulls); 128 tokens, three times as long.
         dropped_positions: positions whose MLPs get no nodes. None means the first when a transcoder's provenance says
             that BOS was left out of its training.
         nulls: measure the scores of untrained and of permuted transcoders too (about three times the time).
@@ -128,19 +130,18 @@ def attribute(
         dropped_positions = (0,) if left_out else ()
     progress = progress or NoProgress()
     frozen, activations = freeze(model, list(prompt_ids), dtype)
-    kinds: dict[str, Mapping[int, Dictionary]] = {"": transcoders}
-    if nulls and transcoders:
-        for name, null in NULLS.items():
-            kinds[name] = {layer: null(transcoder, seed, layer) for layer, transcoder in transcoders.items()}
+    limits = max_logits, logit_probability, max_features
+    asked_nulls = NULLS if nulls and transcoders else {}
     null_scores: dict[str, GraphScores] = {}
-    with progress.task("Tracing the prompt", total=len(kinds) * (frozen.layers + 1), unit="layers") as task:
-        for name, dictionaries in kinds.items():
-            replacement = replace_mlps(frozen, activations, dictionaries, dropped_positions)
-            result = trace_graph(replacement, max_logits, logit_probability, max_features, task.advance)
-            if name:
-                null_scores[name] = result.scores()
-            else:
-                traced = result
+    sweeps = (len(asked_nulls) + 1) * (frozen.layers + 1)
+    with progress.task("Tracing the prompt", total=sweeps, unit="layers") as task:
+        # Nulls first, so that no two adjacencies are in memory at once.
+        for name, null in asked_nulls.items():
+            ignorant = {layer: null(transcoder, seed, layer) for layer, transcoder in transcoders.items()}
+            replacement = replace_mlps(frozen, activations, ignorant, dropped_positions)
+            null_scores[name] = trace_graph(replacement, *limits, task.advance).scores()
+        replacement = replace_mlps(frozen, activations, transcoders, dropped_positions)
+        traced = trace_graph(replacement, *limits, task.advance)
     pruning = influence.prune(traced.adjacency, traced.sources.inputs, node_threshold, edge_threshold)
     settings = dict(
         max_logits=max_logits,

@@ -3,7 +3,8 @@
 An object of ``metadata, qParams, nodes, links``. What that form cannot say is left out: pruned nodes, residues, heads.
 Its one embedding node per position is our token and positional embedding together. Its id of an error,
 ``0_LAYER_POSITION``, is also the id of feature LAYER of layer 0 at that position; where both are in a graph, the error
-gets an id of ours, and readers tell the two apart by ``feature_type``.
+gets an id of ours, and readers tell the two apart by ``feature_type``. Its ``influence`` is not ours but the share of
+all influence that a node and everything above it hold: the viewer hides nodes beyond a threshold on it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,13 @@ def as_circuit_tracer(graph: AttributionGraph, slug: str) -> dict[str, Any]:
     for node in graph.kept:
         if node.kind == "error" and ids[node.id] in feature_ids:
             ids[node.id] = f"error_{node.layer}_{node.position}"
+    covered = _covered(graph)
     nodes: dict[str, dict[str, Any]] = {}
     for node in graph.kept:
-        described = _node(graph, node, ids[node.id])
-        if ids[node.id] in nodes:  # a positional embedding beside its token's
-            nodes[ids[node.id]]["influence"] += described["influence"]
-        else:
-            nodes[ids[node.id]] = described
+        described = _node(graph, node, ids[node.id], covered.get(node.id))
+        known = nodes.setdefault(ids[node.id], described)
+        if known is not described:  # a positional embedding beside its token's
+            known["influence"] = min(known["influence"], described["influence"])
     weights: dict[tuple[str, str], float] = {}
     for edge in graph.edges:
         ends = ids[edge.source], ids[edge.target]
@@ -91,7 +93,15 @@ def _own_id(graph: AttributionGraph, node: Node) -> str:
             return f"E_{graph.token_ids[node.position]}_{node.position}"
 
 
-def _node(graph: AttributionGraph, node: Node, identity: str) -> dict[str, Any]:
+def _covered(graph: AttributionGraph) -> dict[str, float]:
+    """By id: the influence of a node and of all that have more, as a share of everybody's. Logits have none."""
+    sources = sorted((node for node in graph.nodes if node.kind != "logit"), key=lambda node: -node.influence)
+    total = sum(node.influence for node in sources)
+    so_far = accumulate(node.influence for node in sources)
+    return {node.id: min(sum_here / total, 1.0) for node, sum_here in zip(sources, so_far, strict=True)}
+
+
+def _node(graph: AttributionGraph, node: Node, identity: str, covered: float | None) -> dict[str, Any]:
     token = graph.tokens[node.position]
     feature: int | None
     match node.kind:
@@ -105,15 +115,16 @@ def _node(graph: AttributionGraph, node: Node, identity: str) -> dict[str, Any]:
             words = f'Output "{node.token}" (p={node.probability:.3f})'
         case _:
             layer, feature, kind, words = "E", graph.token_ids[node.position], "embedding", f'Emb: "{token}"'
+    group = identity if node.kind == "error" else identity.rpartition("_")[0]
     return {
         "node_id": identity,
         "feature": feature,
         "layer": layer,
         "ctx_idx": node.position,
         "feature_type": kind,
-        "jsNodeId": f"{identity.rpartition('_')[0]}-0" if node.kind != "error" else identity,
+        "jsNodeId": f"{group}-{node.position}" if layer == "E" else f"{group}-0",
         "clerp": words,
-        "influence": node.influence,
+        "influence": covered,
         "activation": node.value if node.kind == "feature" else None,
         "token_prob": node.probability or 0.0,
         "is_target_logit": node.kind == "logit" and node.id == graph.logits[0].id,

@@ -43,12 +43,14 @@ class CircuitConfig:
     """Share of the influence that the kept nodes cover."""
     edge_threshold: float = 0.98
     """Share of the influence that the edges between them cover."""
-    max_features: int = 4096
-    """Trace the inputs of at most this many features, the most influential first."""
+    max_features: int = 2048
+    """Trace the inputs of at most this many features, the most influential first; scores depend on it."""
     nulls: bool = True
     """Measure the scores of untrained and permuted transcoders too, beside the graph's own."""
     seed: int = 0
     """Decides those."""
+    export: Path | None = None
+    """Also write the graph in the JSON of circuit-tracer's viewer and Neuronpedia to this file."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def run_circuit(config: CircuitConfig, workspace: Workspace, progress: Progress 
     plan = check(config, workspace)
     from activation_store.harvest.language_model import load_language_model
     from dictlearn.circuits.attribution import attribute
+    from dictlearn.circuits.circuit_tracer import export
     from dictlearn.circuits.graph import write
     from dictlearn.loading import load
 
@@ -137,6 +140,8 @@ def run_circuit(config: CircuitConfig, workspace: Workspace, progress: Progress 
         seed=config.seed,
         progress=progress or NoProgress(),
     )
+    if config.export is not None:
+        export(graph, config.export)
     return write(graph, workspace.graph(config.name))
 
 
@@ -180,6 +185,8 @@ def _transcoders(
             )
         if layer >= spec.n_layers:
             raise UserError(f"The transcoder {name!r} is of layer {layer}, but {spec.name} has {spec.n_layers} layers.")
+        if runs.get(layer) == name:
+            raise UserError(f"The transcoder {name!r} was named twice; name it once.")
         if layer in runs:
             raise UserError(f"{runs[layer]!r} and {name!r} are both transcoders of layer {layer}; name one of them.")
         runs[layer], folders[layer] = name, folder

@@ -177,7 +177,7 @@ class AttributionGraph:
 
     def gaps(self) -> dict[str, float]:
         """Per explained kept node: how far edges plus residue are from its value, relative to the value."""
-        return {identity: gap / max(abs(value), 1e-30) for identity, gap, value, _ in self._sums()}
+        return {identity: gap / max(abs(value), 1e-30) for identity, gap, value, _ in self.sums()}
 
     @cached_property
     def _by_id(self) -> dict[str, Node]:
@@ -191,7 +191,7 @@ class AttributionGraph:
             ends.setdefault(("target", edge.target), []).append(edge)
         return ends
 
-    def _sums(self) -> list[tuple[str, float, float, float]]:
+    def sums(self) -> list[tuple[str, float, float, float]]:
         """(id, |value - terms|, value, sum of the terms' magnitudes) of every explained kept node."""
         terms = {node.id: list(node.residue.values()) for node in self.nodes if node.explained and node.kept}
         for edge in self.edges:
@@ -252,7 +252,7 @@ def read(path: str | Path) -> AttributionGraph:
         graph = _from_json(data)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    for identity, gap, _, magnitudes in graph._sums():
+    for identity, gap, _, magnitudes in graph.sums():
         if not gap <= TOLERANCE * max(magnitudes, 1e-6):
             raise _damaged(path, f"the inputs of {identity} do not add up to its value")
     return graph

@@ -34,7 +34,8 @@ class HeadRow:
 
     Attributes:
         influence: share of the explained nodes' inputs it brings, weighted by their influence, in [0, 1].
-        largest: the largest of its contributions to a kept node that the graph lists, or None.
+        largest: of its contributions to kept nodes that the graph lists, the one that matters most: its share of the
+            node's inputs, times the node's influence. None when the graph lists none.
         to: that node's id.
     """
 
@@ -102,15 +103,16 @@ def summary(graph: AttributionGraph, rows: int = 10) -> Summary:
             for node in nodes[:rows]
         )
 
-    terms: dict[tuple[int, int], tuple[HeadTerm, str]] = {}
+    terms: dict[tuple[int, int], tuple[float, HeadTerm, str]] = {}
     for node in graph.kept:
+        inputs = sum(abs(term.contribution) for term in node.heads) + sum(map(abs, node.direct.values()))
         for term in node.heads:
-            known = terms.get((term.layer, term.head))
-            if known is None or abs(term.contribution) > abs(known[0].contribution):
-                terms[term.layer, term.head] = term, node.id
+            matters = node.influence * abs(term.contribution) / max(inputs, 1e-30)
+            if matters > terms.get((term.layer, term.head), (0.0,))[0]:
+                terms[term.layer, term.head] = matters, term, node.id
     heads = []
     for head in graph.heads[:rows]:
-        largest, to = terms.get((head.layer, head.head), (None, None))
+        _, largest, to = terms.get((head.layer, head.head), (0.0, None, None))
         heads.append(HeadRow(head.layer, head.head, head.influence, largest, to))
     return Summary(
         prompt=graph.prompt,

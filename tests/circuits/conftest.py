@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     GPT2Config,
@@ -86,6 +87,7 @@ def save_model(layout: str, folder: Path, seed: int = 0) -> Path:
     network.save_pretrained(folder)
     words = {"<unk>": 0, "<bos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>", pad_token="<bos>", unk_token="<unk>"
     ).save_pretrained(folder)
