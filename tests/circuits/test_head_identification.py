@@ -145,13 +145,24 @@ def test_training_lowers_the_loss_and_keeps_the_norms(unit_atoms: bool) -> None:
         assert torch.allclose(norms, torch.ones(len(norms)), atol=1e-6)
 
 
-def test_gradients_kept_tangent_change_no_norm() -> None:
-    sae = DiscreteSAE(6, TINY, seed=0)
-    sae.loss(torch.randn(9, 6, generator=torch.Generator().manual_seed(0))).backward()
+@pytest.mark.parametrize("unit_atoms", [True, False])
+def test_gradients_lose_the_part_that_would_change_a_norm(unit_atoms: bool) -> None:
+    """And training uses what is left: Adam would turn a radial part into steps of full size."""
+    config = replace(TINY, unit_atoms=unit_atoms, epochs=1, rescale=False)
+    rows = numpy_stream(0, "test rows").standard_normal((9, 6)).astype(np.float32)
+    sae = DiscreteSAE(6, config, seed=0)
+    sae.loss(torch.from_numpy(rows)).backward()
     sae.keep_gradients_tangent()
-    for matrix in (sae.W_enc, sae.W_dec):
+    stepped = fit_discrete_sae(rows, config, seed=0)
+    for name, dim in (("W_enc", 1), ("W_dec", 1 if unit_atoms else 0)):
+        matrix = getattr(sae, name)
         assert matrix.grad.norm() > 1e-4
-        assert (matrix.grad * matrix).sum(dim=1).abs().max() < 1e-7
+        assert (matrix.grad * matrix).sum(dim=dim).abs().max() < 1e-7
+        first_step = matrix.detach() - config.lr * matrix.grad.sign()  # what Adam's first step is
+        expected = torch.nn.functional.normalize(first_step, dim=dim)
+        unsure = matrix.grad.abs() < 1e-6  # and is not, where the gradient is not far above Adam's epsilon
+        assert unsure.float().mean() < 0.2
+        assert torch.allclose(getattr(stepped, name)[~unsure], expected[~unsure], atol=2e-5)
 
 
 def test_rescaling_makes_the_codes_the_same_whatever_unit_the_model_computes_in() -> None:
@@ -207,11 +218,32 @@ def test_the_probe_prefers_the_head_that_tells_the_classes_apart() -> None:
 
 
 def test_the_probe_holds_the_two_prompts_of_a_pair_out_together() -> None:
-    """Each pair is far from the others; its two prompts differ at random. Only a leak could do better than chance."""
-    rng = numpy_stream(0, "test probe")
-    pair = 100 * rng.standard_normal((30, 1, 30))
-    positive, negative = (pair + rng.standard_normal((30, 1, 30)) for _ in range(2))
-    assert probe_scores(positive, negative)[0] < np.log(0.55)
+    from sklearn.linear_model import LogisticRegression
+
+    heads = planted_heads("shifted", 1, pairs=10, heads=2, known=1, width=8)
+    label = np.array([1] * 10 + [0] * 10)
+    pair = np.tile(np.arange(10), 2)
+    expected = []
+    for head in range(2):
+        features = np.concatenate([heads.positive_NHD[:, head], heads.negative_NHD[:, head]]).astype(np.float64)
+        likelihood = np.full(20, np.nan)
+        for held_out in folds_of_pairs(pair):
+            train = ~np.isin(pair, held_out)
+            mean, spread = features[train].mean(axis=0), features[train].std(axis=0)
+            probe = LogisticRegression(max_iter=1000).fit((features[train] - mean) / spread, label[train])
+            probabilities = probe.predict_proba((features[~train] - mean) / spread)
+            likelihood[~train] = probabilities[np.arange((~train).sum()), label[~train]]
+        expected.append(np.log(likelihood).mean())
+    assert probe_scores(heads.positive_NHD, heads.negative_NHD) == pytest.approx(expected)
+
+
+def folds_of_pairs(pair: np.ndarray) -> list[np.ndarray]:
+    """The pairs that each of five folds holds out: all of them once, two at a time."""
+    from sklearn.model_selection import GroupKFold
+
+    folds = [np.unique(pair[test]) for _, test in GroupKFold(5).split(pair, groups=pair)]
+    assert sorted(np.concatenate(folds).tolist()) == list(range(10))
+    return folds
 
 
 # --- known answers ----------------------------------------------------------------------------------------------------

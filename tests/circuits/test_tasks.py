@@ -123,6 +123,14 @@ def test_a_tokenizer_that_keeps_too_few_pairs_aligned_is_refused_in_one_sentence
         token_pairs(TEXT_TASKS["return"], blind, None, 5, seed=0)
 
 
+def test_an_answer_that_begins_like_another_word_is_left_out() -> None:
+    """Letter by letter every answer begins with the same space, so a next token cannot tell them apart."""
+    letters = Tokenizer(BPE({letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    letters.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    with pytest.raises(UserError, match="Only 0 of the 5 pairs"):
+        token_pairs(TEXT_TASKS["return"], letters, None, 5, seed=0)
+
+
 # --- random tokens ----------------------------------------------------------------------------------------------------
 
 
