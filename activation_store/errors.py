@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one sentence that says what was wrong and what to do. Exit code 2, no traceback."""
+    """A mistake in what was asked for, in one sentence: what was wrong, and what to do. Exit code 2, no traceback."""

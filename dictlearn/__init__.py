@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from dictlearn.codes import Codes
     from dictlearn.dictionaries.base import Dictionary
     from dictlearn.loading import load
+    from dictlearn.metrics.command import evaluations
     from dictlearn.metrics.splicing import splice
     from dictlearn.workspace import Workspace
 
 __version__ = "0.1.0"
-__all__ = ["Codes", "Dictionary", "Workspace", "load", "splice"]
+__all__ = ["Codes", "Dictionary", "Workspace", "evaluations", "load", "splice"]
 
 _HOMES = {
     "Codes": "dictlearn.codes",
     "Dictionary": "dictlearn.dictionaries.base",
     "Workspace": "dictlearn.workspace",
+    "evaluations": "dictlearn.metrics.command",
     "load": "dictlearn.loading",
     "splice": "dictlearn.metrics.splicing",
 }

@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes
 
 from activation_store.errors import UserError
-from dictlearn import terminal
+from dictlearn import reports, terminal
 from dictlearn.workspace import Workspace
 
 Config = TypeVar("Config")
@@ -67,7 +67,7 @@ def harvest(args: list[str]) -> None:
     workspace = Workspace(call.workspace)
     config = dataclasses.replace(call.config, store=workspace.store(str(call.config.store)))
     if call.dry_run:
-        say(call, describe(config), show_plan)
+        say(call, describe(config), reports.plan)
         return
     path = run(config, terminal.TerminalProgress())
     from activation_store.store import open_store
@@ -91,7 +91,7 @@ def train(args: list[str]) -> None:
     call = parse("train", TrainConfig[config_class(kind)], args, default, about)  # type: ignore[misc]
     workspace = Workspace(call.workspace)
     if call.dry_run:
-        say(call, check(call.config, workspace)[2], show_plan)
+        say(call, check(call.config, workspace)[2], reports.plan)
         return
     files = run_train(call.config, workspace, terminal.TerminalProgress())
     last = files.last_metrics()
@@ -104,7 +104,7 @@ def evaluate(args: list[str]) -> None:
 
     call = parse("evaluate", EvaluateConfig, args)
     evaluation = run_evaluate(call.config, Workspace(call.workspace), terminal.TerminalProgress())
-    say(call, evaluation, lambda result: terminal.print_evaluations([result]))
+    say(call, evaluation, lambda result: reports.evaluations([result]))
 
 
 def store(args: list[str]) -> None:
@@ -115,7 +115,10 @@ def store(args: list[str]) -> None:
     call = parse(f"store {subverb}", StoreConfig, rest)
     path = Workspace(call.workspace).existing_store(call.config.store)
     if subverb == "info":
-        show_store(path)
+        from activation_store.describe import describe
+        from activation_store.store import open_store
+
+        say(call, describe(open_store(path)), reports.store)
         return
     from activation_store.verify import verify
 
@@ -134,11 +137,14 @@ def index(args: list[str]) -> None:
 
 
 def circuit(args: list[str]) -> None:
+    from dictlearn.circuits import read, summary
     from dictlearn.circuits.command import CircuitConfig, run_circuit
 
     call = parse("circuit", CircuitConfig, args)
     path = run_circuit(call.config, Workspace(call.workspace), terminal.TerminalProgress())
-    terminal.print_line(f"{path}: see it with `dictlearn app`.")
+    say(call, summary(read(path)), reports.circuit)
+    if not call.json:
+        terminal.print_line(f"{path}: see it with `dictlearn app`.")
 
 
 def app(args: list[str]) -> None:
@@ -167,7 +173,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
-# --- parsing and showing ----------------------------------------------------------------------------------------------
+# --- parsing ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,39 +192,6 @@ def take_option(args: list[str], flag: str, default: str) -> tuple[str, list[str
         if arg.startswith(flag + "="):
             return arg.removeprefix(flag + "="), args[:position] + args[position + 1 :]
     return default, args
-
-
-def show_plan(plan: Any) -> None:
-    facts = {}
-    for name, value in dataclasses.asdict(plan).items():
-        words = name.replace("_", " ")
-        if isinstance(value, int) and "bytes" in name:
-            facts[words.replace("bytes", "").strip() or words] = terminal.bytes_in_words(value)
-        else:
-            facts[words] = f"{value:,}" if isinstance(value, int) else value
-    terminal.print_facts("This would be done", facts)
-
-
-def show_store(path: Path) -> None:
-    from activation_store.store import open_store
-
-    opened = open_store(path)
-    made_from = opened.manifest.provenance
-    terminal.print_facts(
-        str(path),
-        {
-            "model": made_from["model"]["name"],
-            "corpus": made_from["corpus"]["name"],
-            "rows": f"{opened.rows:,}{'' if opened.complete else ' (still growing)'}",
-            "training rows": f"{sum(b - a for a, b in opened.split_rows('train')):,}",
-            "held-out rows": f"{sum(b - a for a, b in opened.split_rows('held-out')):,}",
-        },
-    )
-    rows = []
-    for hook in opened.hooks:
-        norm = f"{opened.statistics(hook).mean_norm:.2f}" if opened.complete else "not yet"
-        rows.append([hook, opened.d(hook), norm])
-    terminal.print_table("", ["hook", "width", "mean norm"], rows)
 
 
 def usage() -> str:

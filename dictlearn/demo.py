@@ -11,7 +11,8 @@ from typing import Any
 
 from activation_store.harvest.run import HarvestConfig, harvest
 from activation_store.progress import Progress
-from dictlearn import terminal
+from dictlearn import reports, terminal
+from dictlearn.circuits import read, summary
 from dictlearn.circuits.command import CircuitConfig, run_circuit
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.feature_index.command import IndexConfig, run_index
@@ -87,11 +88,12 @@ def run_demo(config: DemoConfig, workspace: Workspace, progress: Progress) -> li
     for training in train_configs(config):
         run_train(training, workspace, progress)
     evaluations = [run_evaluate(EvaluateConfig(run, tokens=8_192), workspace, progress) for run in EVALUATED]
-    terminal.print_evaluations(evaluations)
+    reports.evaluations(evaluations)
     for run in INDEXED:
         run_index(IndexConfig(run), workspace, progress)
     transcoders = tuple(f"transcoder-{layer}" for layer in LAYERS)
-    run_circuit(CircuitConfig(prompt=PROMPT, transcoders=transcoders, name="demo"), workspace, progress)
+    graph = run_circuit(CircuitConfig(prompt=PROMPT, transcoders=transcoders, name="demo"), workspace, progress)
+    reports.circuit(summary(read(graph), rows=5))
     terminal.print_line(
         f"Everything is in {workspace.root}: browse it with `dictlearn app` (or `make app`), "
         "look at the store with `dictlearn store info demo`."

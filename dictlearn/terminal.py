@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from dictlearn.metrics.command import Evaluation
 
 console = Console()
 complaints = Console(stderr=True)
@@ -82,21 +78,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
     """Names and values, one to a line."""
     print_table(title, ["", ""], [[name, value] for name, value in facts.items()])
-
-
-def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Runs side by side, a column each."""
-    rows: list[list[object]] = []
-    for section in ("reconstruction", "downstream"):
-        measured = [getattr(evaluation, section) or {} for evaluation in evaluations]
-        names = dict.fromkeys(name for values in measured for name in values)
-        rows += [[name, *(values.get(name, "") for values in measured)] for name in names]
-    print_table(
-        "On held-out documents (cross-entropy and KL in nats per token)", ["", *(e.run for e in evaluations)], rows
-    )
-    for evaluation in evaluations:
-        hooks = dict.fromkeys([evaluation.hook_in, evaluation.hook_out])
-        print_line(f"  {evaluation.run}: {' -> '.join(hooks)}")
 
 
 def print_line(text: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,6 +14,9 @@ from activation_store.errors import UserError
 from activation_store.progress import NoProgress, Progress
 from dictlearn.dictionaries.description import describe
 from dictlearn.workspace import RunFiles, Workspace, read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,21 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     evaluation = evaluate(config, files, store, progress or NoProgress())
     write_evaluation(evaluation, files)
     return evaluation
+
+
+def evaluations(workspace: str | Path = "workspace") -> pd.DataFrame:
+    """Every evaluated run of a workspace, a row each: the run, its store and hooks, then every metric by its name."""
+    import pandas as pd
+
+    there = Workspace(Path(workspace))
+    found = [read_evaluation(there.run(name)) for name in there.runs()]
+    return pd.DataFrame(
+        {"run": e.run, "store": e.store, "hook_in": e.hook_in, "hook_out": e.hook_out}
+        | e.reconstruction
+        | (e.downstream or {})
+        for e in found
+        if e is not None
+    )
 
 
 def asked(config: EvaluateConfig) -> dict[str, int]:

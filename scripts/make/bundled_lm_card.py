@@ -138,6 +138,9 @@ def render(card: dict[str, Any]) -> str:
     model, training, loss = card["model"], card["training"], card["loss"]
     short, longest = card["heads"]["short"], card["heads"]["longest"]
     highest = f"{HIGHEST_ORDER}-gram"
+    schedule = ", ".join(
+        f"a schedule of {epochs} epochs from step {step:,}" for step, epochs in training["epochs_from_step"]
+    )
     left_out = ", ".join(f"{count} {reason}" for reason, count in training["left_out"].items()) or "none"
     completions = "\n\n".join(
         f"```python\n{prompt}⟨{completion.rstrip()}⟩\n```" for prompt, completion in card["completions"]
@@ -161,7 +164,7 @@ to be looked into, not to write programs. Made by `scripts/make/train_bundled_lm
 {model["heads"]} heads, MLP width {model["MLP width"]} |
 | tokens | byte-level BPE, {model["vocabulary"]:,} tokens; one `<|bos|>` (id {BOS_ID}) before each document |
 | context | {model["context"]} tokens |
-| training | {training["step"]:,} steps of {training["batch"]} windows, {training["epochs"]} epochs planned, \
+| training | {training["step"]:,} steps of {training["batch"]} windows, {schedule}, \
 {card["training tokens"]:,} tokens per epoch; Muon and AdamW; seed {training["seed"]} |
 
 ## Text

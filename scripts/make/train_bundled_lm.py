@@ -3,8 +3,9 @@
     python scripts/make/train_bundled_lm.py train  --folder build/bundled_lm
     python scripts/make/train_bundled_lm.py export --folder build/bundled_lm
 
-``train`` writes a checkpoint every few minutes and a later run continues it: same order of data, same schedule. It
-uses a GPU when there is one. ``export`` writes the Hugging Face folder (half precision) into
+``train`` writes a checkpoint every few minutes and a later run continues it with the same order of data. A continued run
+may ask for another number of epochs; the record says from which step on which number set the schedule. It uses a GPU
+when there is one. ``export`` writes the Hugging Face folder (half precision) into
 activation_store/harvest/bundled/. The model card beside it is written by scripts/make/bundled_lm_card.py.
 
 The network is a Llama-layout decoder (RMSNorm, rotary positions, gated MLP, tied embedding). Matrices are optimised by
@@ -139,16 +140,18 @@ def train(folder: Path, epochs: int, batch: int, compile_model: bool) -> None:
     ]
     peak_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
-    step, log = 0, []
+    step, log, schedule = 0, [], [[0, epochs]]
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
         state = torch.load(checkpoint_path, weights_only=True, map_location=device)
-        if (state["epochs"], state["batch"], state["corpus"]) != (epochs, batch, corpus.fingerprint):
-            raise SystemExit(f"{checkpoint_path} was made with other settings or another Python's standard library.")
+        if (state["batch"], state["corpus"]) != (batch, corpus.fingerprint):
+            raise SystemExit(f"{checkpoint_path} was made with another batch or another Python's standard library.")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, log = state["step"], state["log"]
+        step, log, schedule = state["step"], state["log"], state["schedule"]
+        if schedule[-1][1] != epochs:
+            schedule.append([step, epochs])
         print(f"continuing at step {step:,}")
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
@@ -188,7 +191,7 @@ def train(folder: Path, epochs: int, batch: int, compile_model: bool) -> None:
         if time.time() - saved_at > 180 or step == steps:
             state = dict(
                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, log=log,
-                epochs=epochs, batch=batch, corpus=corpus.fingerprint,
+                schedule=schedule, batch=batch, corpus=corpus.fingerprint,
             )  # fmt: skip
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", checkpoint_path)
@@ -223,7 +226,7 @@ def export(folder: Path, destination: Path) -> None:
         "origin": corpus.origin,
         "left_out": corpus.left_out,
         "seed": SEED,
-        "epochs": state["epochs"],
+        "epochs_from_step": state["schedule"],
         "batch": state["batch"],
     }
     (destination / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -236,7 +239,7 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["train", "export"])
     parser.add_argument("--folder", type=Path, default=Path("build/bundled_lm"), help="checkpoints and the tokenizer")
     parser.add_argument("--destination", type=Path, default=BUNDLED, help="where export writes the Hugging Face folder")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8, help="sets the learning rate's schedule; see above")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")

@@ -1,0 +1,56 @@
+"""The README does not lie: its commands parse, its verbs and options exist, its notebook runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def commands() -> list[str]:
+    """Every `dictlearn ...` command of the README's indented blocks, continuation lines joined."""
+    text = README.read_text().replace("\\\n", " ")
+    found = re.findall(r"^    (dictlearn .*?)(?:\s{2,}#.*)?$", text, flags=re.MULTILINE)
+    return [" ".join(command.split()) for command in found]
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) > 8
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command, monkeypatch, tmp_path):
+    """Parsed to a configuration by the real command line; running it is stopped right after."""
+    from dictlearn import cli
+
+    class Understood(Exception):
+        pass
+
+    parse = cli.parse
+
+    def parse_and_stop(*args, **kwargs):
+        parse(*args, **kwargs)
+        raise Understood
+
+    monkeypatch.setattr(cli, "parse", parse_and_stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sae.yaml").write_text("name: sae\nstore: code\nhook: blocks.2.hook_resid_post\n")
+    with pytest.raises(Understood):
+        cli.main(shlex.split(command)[1:])
+
+
+def test_every_verb_is_in_the_readme():
+    from dictlearn.cli import VERBS
+
+    text = README.read_text()
+    missing = [verb for verb in VERBS if f"dictlearn {verb}" not in text and f"make {verb}" not in text]
+    assert missing == []
+
+
+def test_files_it_points_at_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()):
+        assert (README.parent / target).exists(), target
