@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlencode
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ class CircuitLink(Link):
     node: str = ""
 
 
-LINKS: tuple[type[Link], ...] = (HomeLink, StoreLink, RunsLink, FeaturesLink, FeatureLink, CircuitLink)
 AnyLink = TypeVar("AnyLink", bound=Link)
 
 
@@ -99,11 +98,3 @@ def from_query(kind: type[AnyLink], parameters: Mapping[str, str]) -> AnyLink:
             except (TypeError, ValueError):
                 continue
     return kind(**values)
-
-
-def from_address(text: str) -> Link:
-    """The link that an address written by `address` stands for; an unknown page is Home."""
-    parts = urlsplit(text)
-    page = parts.path.strip("./")
-    kind = next((kind for kind in LINKS if kind.path == page), HomeLink)
-    return from_query(kind, dict(parse_qsl(parts.query)))

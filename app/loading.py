@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
+from dictlearn_app import indexes
 from dictlearn_app.notes import Notes
 from dictlearn_app.run_history import RunHistory, read_run
 from dictlearn_app.token_text import TokenTexts, read_token_texts
@@ -19,6 +20,8 @@ from activation_store.spec import METADATA_FILE
 from activation_store.store import Store, open_store
 from dictlearn.app_command import WORKSPACE_VARIABLE
 from dictlearn.circuits import graph as graphs
+from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS
+from dictlearn.feature_index import command
 from dictlearn.feature_index.read import FeatureIndex, open_index
 from dictlearn.workspace import Workspace
 
@@ -65,6 +68,17 @@ def index(name: str) -> FeatureIndex:
     return _index(path, stamp(path / METADATA_FILE))
 
 
+def stale(opened: FeatureIndex) -> list[str]:
+    """What is no longer as it was when the index was made, a sentence each."""
+    return indexes.stale(opened.manifest, lambda name: store(name).fingerprint, dictionary_fingerprint)
+
+
+def dictionary_fingerprint(run: str) -> str:
+    """Raises UserError when there is no such run, or its dictionary is not there."""
+    folder = workspace().existing_run(run).dictionary
+    return _fingerprint(folder, stamp(folder / WEIGHTS, folder / DESCRIPTION))
+
+
 def notes() -> Notes:
     return Notes(workspace().notes)
 
@@ -92,6 +106,11 @@ def _run(folder: Path, stamped: tuple[int, ...]) -> RunHistory:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _index(path: Path, stamped: tuple[int, ...]) -> FeatureIndex:
     return open_index(path)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _fingerprint(folder: Path, stamped: tuple[int, ...]) -> str:
+    return command.dictionary_fingerprint(folder)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

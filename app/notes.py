@@ -79,6 +79,6 @@ class Notes:
                 yield connection
         except sqlite3.Error as error:
             raise UserError(
-                f"The notes in {str(self.path)!r} cannot be used ({error}); restore the file, or move it away and begin "
-                "anew."
+                f"The notes in {str(self.path)!r} cannot be used ({error}); restore the file, or move it away and "
+                "begin anew."
             ) from error

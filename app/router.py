@@ -34,8 +34,3 @@ def asked(kind: type[AnyLink]) -> AnyLink:
 def stay(link: links.Link) -> None:
     """Rewrite the address of the page that is open. From a callback, the run that follows shows it."""
     st.query_params.from_dict(links.query(link))
-
-
-def follow(link: links.Link) -> None:
-    """Open another page. Ends the run."""
-    st.switch_page(pages()[type(link)], query_params=links.query(link))

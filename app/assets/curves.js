@@ -20,7 +20,7 @@ function scaleY(panel, values) {
   return { y, marks, log };
 }
 
-function panelNode(component, panel, runs, range, bus) {
+function panelNode(panel, range, bus) {
   const values = panel.series.flatMap((series) => series.y.filter((value) => value !== null));
   const { y, marks, log } = scaleY(panel, values);
   const [first, last] = range;
@@ -114,13 +114,13 @@ export default function (component) {
         "span",
         { role: "listitem", class: `c${i % 8}` },
         make("i", { class: `swatch d${Math.floor(i / 8) % 3}` }),
-        link(component, run.href, { class: "name", title: "this run alone" }, run.name),
+        link(run.href, { class: "name", title: "this run alone" }, run.name),
         run.live ? make("span", { class: "live" }, "training") : null,
       ),
     ),
     where,
   );
-  const figures = panels.map((panel) => panelNode(component, panel, runs, range, bus));
+  const figures = panels.map((panel) => panelNode(panel, range, bus));
   root.replaceChildren(legend, make("div", { class: "panels" }, figures));
   bus.hide();
 }

@@ -26,16 +26,22 @@ function rootOf(component) {
 
 const PAGE_ADDRESS = /^(\.|[a-z]+)(\?[\w.~%+=&*-]*)?$/;
 
-// A link to a page of this app. A plain click goes through the session that is open; a click with a modifier, or the
-// middle button, opens a tab of its own.
-function link(component, href, attributes, ...children) {
+// Opens a page of this app the way the browser's back button does: the address changes, and Streamlit, which listens for
+// that, runs the page. One entry in the history, one run.
+function go(href) {
+  history.pushState({}, "", href);
+  dispatchEvent(new PopStateEvent("popstate", { state: {} }));
+}
+
+// A link to a page of this app. A plain click stays in the open session; a click with a modifier opens a tab of its own.
+function link(href, attributes, ...children) {
   if (!PAGE_ADDRESS.test(href)) return make("span", attributes, ...children);
   const anchor = make("a", { ...attributes, href }, ...children);
   anchor.addEventListener("click", (event) => {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.button !== 0) return;
     event.preventDefault();
     event.stopPropagation();
-    component.setTriggerValue("go", href);
+    go(href);
   });
   return anchor;
 }

@@ -112,7 +112,6 @@ class Graph {
 
   take(component) {
     const fresh = !this.data || this.data.name !== component.data.name || this.data.nodes.length !== component.data.nodes.length;
-    this.component = component;
     this.data = component.data;
     const { nodes, edges } = this.data;
     this.number = new Map(nodes.map((node, i) => [node.id, i]));
@@ -245,8 +244,8 @@ class Graph {
   click(i, event) {
     const node = this.data.nodes[i];
     if (node.page && (event.ctrlKey || event.metaKey)) return void window.open(node.page, "_blank");
-    if (node.page && this.pinned === i) return this.component.setTriggerValue("go", node.page);
-    this.component.setTriggerValue("go", this.pinned === i ? this.data.unpin : node.here);
+    if (node.page && this.pinned === i) return go(node.page);
+    go(this.pinned === i ? this.data.unpin : node.here);
     this.pinned = this.pinned === i ? null : i;
     this.paint();
   }
@@ -254,7 +253,7 @@ class Graph {
   key(i, event) {
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (event.key === "Enter" || event.key === " ") this.click(i, event);
-    else if (event.key === "Escape" && this.pinned !== null) this.component.setTriggerValue("go", this.data.unpin);
+    else if (event.key === "Escape" && this.pinned !== null) go(this.data.unpin);
     else if (way) this.groups.get(this.towards(i, way))?.focus();
     else return;
     event.preventDefault();
@@ -367,7 +366,7 @@ class Graph {
         : [];
     return [
       make("div", { class: "kind muted" }, node.where),
-      make("h2", {}, node.page ? link(this.component, node.page, { title: "open its feature page" }, node.title) : node.title),
+      make("h2", {}, node.page ? link(node.page, { title: "open its feature page" }, node.title) : node.title),
       node.about ? make("div", { class: "about" }, node.about) : null,
       make("div", { class: "terms" }, ...terms([["value", node.value], ["influence", node.influence], ...node.numbers])),
       ...side("Inputs", this.into[i], "source"),

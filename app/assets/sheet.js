@@ -2,13 +2,13 @@
 
 const BLOCKS = { heading, section, facts, notice, command, table, histogram, grid, prose, pager };
 
-function blocks(component, list) {
-  return list.map((block) => BLOCKS[block.kind](component, block));
+function blocks(root, list) {
+  return list.map((block) => BLOCKS[block.kind](root, block));
 }
 
-function heading(component, block) {
+function heading(root, block) {
   const crumbs = (block.crumbs || []).flatMap((crumb) => [
-    crumb.href ? link(component, crumb.href, {}, crumb.text) : make("span", {}, crumb.text),
+    crumb.href ? link(crumb.href, {}, crumb.text) : make("span", {}, crumb.text),
     make("span", { class: "slash", "aria-hidden": "true" }, "/"),
   ]);
   return make(
@@ -20,15 +20,15 @@ function heading(component, block) {
   );
 }
 
-function section(component, block) {
+function section(root, block) {
   return make("div", { class: "section" }, make("h2", {}, block.title), block.note ? make("span", { class: "note" }, block.note) : null);
 }
 
-function prose(component, block) {
+function prose(root, block) {
   return make("p", { class: block.small ? "prose note" : "prose" }, parts(block.parts));
 }
 
-function facts(component, block) {
+function facts(root, block) {
   return make(
     "dl",
     { class: "facts" },
@@ -37,7 +37,7 @@ function facts(component, block) {
         "div",
         { title: item.title },
         make("dt", {}, item.label),
-        make("dd", {}, item.href ? link(component, item.href, {}, item.value) : item.value),
+        make("dd", {}, item.href ? link(item.href, {}, item.value) : item.value),
       ),
     ),
   );
@@ -47,11 +47,11 @@ function parts(list) {
   return list.map((part) => (part.code ? make("code", {}, part.code) : part.text));
 }
 
-function notice(component, block) {
+function notice(root, block) {
   return make("div", { class: `notice ${block.tone}`, role: block.tone === "error" ? "alert" : "status" }, make("p", {}, parts(block.parts)));
 }
 
-function command(component, block) {
+function command(root, block) {
   return make("div", { class: "command" }, make("code", {}, block.text), copyButton(block.text), block.why ? make("span", { class: "note" }, block.why) : null);
 }
 
@@ -66,40 +66,40 @@ function copyButton(text) {
   return copy;
 }
 
-function grid(component, block) {
+function grid(root, block) {
   return make(
     "div",
     { class: "grid", vars: { "--least": block.least } },
-    block.cells.map((cell) => make("div", { class: "cell" }, blocks(component, cell))),
+    block.cells.map((cell) => make("div", { class: "cell" }, blocks(root, cell))),
   );
 }
 
-function pager(component, block) {
+function pager(root, block) {
   if (!block.pages.length) return make("div");
   return make(
     "nav",
     { class: "pager", "aria-label": "pages of the table" },
     make("span", { class: "muted" }, "page"),
     block.pages.map((page) =>
-      page.current ? make("strong", { "aria-current": "page" }, page.text) : link(component, page.href, {}, page.text),
+      page.current ? make("strong", { "aria-current": "page" }, page.text) : link(page.href, {}, page.text),
     ),
   );
 }
 
 // --- tables ----------------------------------------------------------------------------------------------------------
 
-function table(component, block) {
+function table(root, block) {
   if (!block.rows.length) return make("p", { class: "empty" }, parts(block.empty || [{ text: "Nothing here." }]));
   const head = make(
     "tr",
     {},
-    block.columns.map((column) => headCell(component, column)),
+    block.columns.map((column) => headCell(column)),
   );
   const body = block.rows.map((row) => {
-    const cells = block.columns.map((column, i) => cell(component, column, row, row.cells[i], i));
+    const cells = block.columns.map((column, i) => cell(root, column, row, row.cells[i], i));
     const line = make("tr", { class: row.href ? "linked" : "", "aria-current": row.current ? "true" : null }, cells);
     // The whole row is a target for the mouse; the keyboard has the link in its first cell.
-    if (row.href) line.addEventListener("click", () => getSelection().isCollapsed && component.setTriggerValue("go", row.href));
+    if (row.href) line.addEventListener("click", () => getSelection().isCollapsed && go(row.href));
     return line;
   });
   return make(
@@ -115,16 +115,16 @@ function table(component, block) {
   );
 }
 
-function headCell(component, column) {
+function headCell(column) {
   const arrow = column.sorted ? (column.sorted === "ascending" ? " ↑" : " ↓") : "";
-  const name = column.href ? link(component, column.href, { class: "sorter" }, column.label + arrow) : column.label;
+  const name = column.href ? link(column.href, { class: "sorter" }, column.label + arrow) : column.label;
   return make("th", { scope: "col", class: column.align || "", style: column.width ? `width: ${column.width}` : null, title: column.title, "aria-sort": column.sorted || null }, name);
 }
 
 // A strip's tooltips are as in strips.js; its keyboard is the row's link.
-function stripCell(component, strip) {
+function stripCell(root, strip) {
   const line = lineOf(strip, strip.scale);
-  const tip = () => tooltip(rootOf(component));
+  const tip = () => tooltip(root);
   line.addEventListener("pointermove", (event) => {
     const span = event.target.closest(".t");
     if (span) tip().show(describe(strip, Number(span.dataset.i)), event.clientX, event.clientY);
@@ -134,14 +134,14 @@ function stripCell(component, strip) {
   return line;
 }
 
-function cell(component, column, row, value, position) {
+function cell(root, column, row, value, position) {
   const data = value !== null && typeof value === "object" ? value : { text: value };
   const href = data.href || (position === 0 ? row.href : null);
   const classes = [column.align, column.mono || data.mono ? "mono" : "", column.muted ? "muted" : "", data.tone]
     .filter(Boolean)
     .join(" ");
   const content = data.strip
-    ? stripCell(component, data.strip)
+    ? stripCell(root, data.strip)
     : data.tokens
     ? data.tokens.map((token) => make("span", { class: "token" }, token))
     : data.parts
@@ -153,7 +153,7 @@ function cell(component, column, row, value, position) {
   const node = make(
     tag,
     { class: classes, title: data.title, scope: position === 0 ? "row" : null },
-    href ? link(component, href, {}, content) : content,
+    href ? link(href, {}, content) : content,
     data.aside ? make("span", { class: "aside" }, data.aside) : null,
     data.sub ? make("span", { class: "sub" }, data.sub) : null,
   );
@@ -166,7 +166,7 @@ function cell(component, column, row, value, position) {
 
 // --- histograms ------------------------------------------------------------------------------------------------------
 
-function histogram(component, block) {
+function histogram(root, block) {
   const width = 420;
   const height = block.height || 120;
   const [left, bottom, top] = [34, 18, 6];
@@ -174,7 +174,6 @@ function histogram(component, block) {
   // Log counts with one added, so that a bin of one is seen next to a bin of a million.
   const scale = (count) => (Math.log10(count + 1) / Math.log10(most + 1)) * (height - bottom - top);
   const step = (width - left) / block.counts.length;
-  const root = rootOf(component);
   const tip = tooltip(root);
   const bars = block.counts.map((count, i) => {
     const bar = make("rect", {
@@ -223,5 +222,5 @@ export default function (component) {
   const root = rootOf(component);
   root.tooltipBox = null;
   root.classList.add("sheet");
-  root.replaceChildren(...blocks(component, component.data.blocks));
+  root.replaceChildren(...blocks(root, component.data.blocks));
 }

@@ -6,7 +6,7 @@ function blockOf(strip, scale) {
   return make("div", { class: "block" }, strip.tokens.map((_, i) => tokenSpan(strip, i, scale, true)));
 }
 
-function stripNode(component, strip, scale, lines) {
+function stripNode(strip, scale, lines) {
   const label = `${strip.head ? `activation ${strip.head}` : "text"}${strip.source ? ` in ${strip.source}` : ""}: ${strip.tokens.join("")}`;
   const node = make("div", { class: "strip", role: "listitem", tabindex: "-1", "aria-label": label });
   const text = make("div", { class: "text" });
@@ -14,7 +14,7 @@ function stripNode(component, strip, scale, lines) {
   node.append(text);
   if (strip.source)
     node.append(
-      make("div", { class: "source", title: strip.source }, strip.href ? link(component, strip.href, { tabindex: "-1" }, strip.source) : strip.source),
+      make("div", { class: "source", title: strip.source }, strip.href ? link(strip.href, { tabindex: "-1" }, strip.source) : strip.source),
     );
   node.strip = strip;
   node.open = !lines;
@@ -85,7 +85,7 @@ export default function (component) {
   root.classList.toggle("lines", lines);
   const nodes = [];
   const content = groups.map((group) => {
-    const list = group.strips.map((strip) => stripNode(component, strip, scale, lines));
+    const list = group.strips.map((strip) => stripNode(strip, scale, lines));
     nodes.push(...list);
     return make(
       "section",

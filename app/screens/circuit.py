@@ -46,11 +46,11 @@ def draw() -> None:
         graph = loading.graph(name)
         found, lacking = layer_indexes(graph)
         with head:
-            sheet(about(graph, name), "circuit.about", links.CircuitLink)
+            sheet(about(graph, name), "circuit.about")
         draw_graph(graph_payload(graph, link, found), "circuit.graph")
         if link.node:
             draw_node(graph, link, found)
-        sheet([*lacking, *tables(graph, link)], "circuit.tables", links.CircuitLink)
+        sheet([*lacking, *tables(graph, link)], "circuit.tables")
     except UserError as error:
         refuse(error, "circuit.error")
 
@@ -101,18 +101,18 @@ def draw_node(graph: AttributionGraph, link: links.CircuitLink, found: dict[int,
         sheet(
             [problem(f"The graph {link.graph!r} has no node {link.node!r}; click one to pin it.")],
             "circuit.gone",
-            links.CircuitLink,
         )
         return
     index = found.get(node.layer) if node.layer is not None else None
     if node.latent is None or index is None:
         return
-    page = feature_page(loading.index(index.name), node.latent, examples=EXAMPLES, bins=0)
-    strips = [example(one, page) for band in page.bands[:1] for one in band.strips]
+    opened = loading.index(index.name)
+    page = feature_page(opened, node.latent, examples=EXAMPLES, bins=0)
+    store = None if loading.stale(opened) else page.store
+    strips = [example(one, store) for band in page.bands[:1] for one in band.strips]
     draw_strips(
         [group(strips, f"What latent {node.latent} of layer {node.layer} fires on", index.name)],
         "circuit.strips",
-        links.CircuitLink,
         scale=strip_scale(page),
         lines=True,
     )

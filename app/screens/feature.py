@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,20 +43,23 @@ def draw() -> None:
     try:
         index = loading.index(name)
         link = replace(link, index=name, latent=first_latent(index.table()) if link.latent == -1 else link.latent)
-        page = feature_page(index, link.latent)
-        sheet([title(page, link), numbers(page)], "feature.head", links.FeatureLink)
-        steps(index, link, loading.notes())
-        if not page.count:
-            sheet([hint("This latent never fired in the rows of the index.")], "feature.dead", links.FeatureLink)
+        if not 0 <= link.latent < index.d_sae:
+            lost(index, link)
             return
+        page = feature_page(index, link.latent)
+        sheet([title(page, link), numbers(page)], "feature.head")
+        steps(index, link, names, loading.notes())
+        if not page.count:
+            sheet([hint("This latent never fired in the rows of the index.")], "feature.dead")
+            return
+        store = None if loading.stale(index) else page.store
         left, right = st.columns([7, 3], gap="large")
         with right:
-            sheet(side(page, link), "feature.side", links.FeatureLink)
+            sheet(side(page, link), "feature.side")
         with left:
             draw_strips(
-                [examples(band, page) for band in page.bands],
+                [examples(band, store) for band in page.bands],
                 "feature.strips",
-                links.FeatureLink,
                 scale=strip_scale(page),
                 lines=not link.wrapped,
                 label="activations",
@@ -64,12 +68,27 @@ def draw() -> None:
         refuse(error, "feature.error")
 
 
-def steps(index: FeatureIndex, link: links.FeatureLink, notes: Notes) -> None:
+def lost(index: FeatureIndex, link: links.FeatureLink) -> None:
+    """The address asks for a latent that the index has not."""
+    try:
+        index.check_latent(link.latent)
+    except UserError as error:
+        refuse(error, "feature.lost")
+    controls.whole(
+        "Latent", 0, lambda latent: replace(link, latent=latent), "feature.other", least=0, most=index.d_sae - 1
+    )
+
+
+def steps(index: FeatureIndex, link: links.FeatureLink, names: Sequence[str], notes: Notes) -> None:
     """The row of controls: which latent, its note, and how its examples are set."""
     last = index.d_sae - 1
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        before = replace(link, latent=link.latent - 1) if 0 < link.latent <= last + 1 else None
-        after = replace(link, latent=link.latent + 1) if -1 <= link.latent < last else None
+        if len(names) > 1:
+            controls.choice(
+                "Index", names, link.index, lambda name: links.FeatureLink(index=name), "feature.name", width=170
+            )
+        before = replace(link, latent=link.latent - 1) if link.latent > 0 else None
+        after = replace(link, latent=link.latent + 1) if link.latent < last else None
         controls.step("previous", before, "feature.previous", "left", "the latent before this one (left arrow)")
         controls.step("next", after, "feature.next", "right", "the next latent (right arrow)")
         controls.whole(
@@ -203,7 +222,7 @@ def fires_on(page: FeaturePage) -> Block:
 def logits(page: FeaturePage) -> list[Block]:
     """What it raises and lowers, side by side; or why that is not known."""
     if not page.top_logits:
-        return [section("Logits"), hint(page.logits_are)]
+        return [section("Logits"), prose_note(page.logits_are)]
     most = logit_scale(page)
     sides = [
         table(
@@ -220,7 +239,7 @@ def token(text: str) -> dict[str, Any]:
     return {"tokens": [text]}
 
 
-def examples(band: Band, page: FeaturePage) -> dict[str, Any]:
+def examples(band: Band, store: str | None) -> dict[str, Any]:
     """One band of examples as a group of strips."""
     left_out = [
         f"{count:,} passed over with {why}"
@@ -228,17 +247,18 @@ def examples(band: Band, page: FeaturePage) -> dict[str, Any]:
         if count
     ]
     note = f"{short(band.low)} – {short(band.high)}, {band.count:,} activations"
-    return group([example(one, page) for one in band.strips], band.title, "; ".join([note, *left_out]))
+    return group([example(one, store) for one in band.strips], band.title, "; ".join([note, *left_out]))
 
 
-def example(one: TokenStrip, page: FeaturePage) -> dict[str, Any]:
+def example(one: TokenStrip, store: str | None) -> dict[str, Any]:
+    """A strip that leads to its row in ``store``, where the store is still the one that was indexed."""
     return strip(
         one.tokens,
         values=one.activations,
         peak=one.peak,
         head=short(one.value),
         source=one.document + (" (held out)" if one.split == "held-out" else ""),
-        link=links.StoreLink(store=page.store, row=one.row),
+        link=links.StoreLink(store=store, row=one.row) if store else None,
         first_row=one.row - one.peak,
         token_ids=one.token_ids,
         seen_from=one.seen_from,

@@ -13,7 +13,7 @@ from dictlearn_app.token_text import visible
 from dictlearn_app.views import controls
 from dictlearn_app.views.notices import choose_one, refuse
 from dictlearn_app.views.numbers import percent, short
-from dictlearn_app.views.sheet import Block, Cell, column, facts, heading, row, section, sheet, table
+from dictlearn_app.views.sheet import Block, Cell, column, facts, heading, hint, row, section, sheet, table
 from dictlearn_app.views.strips import strip
 
 from activation_store.errors import UserError
@@ -31,12 +31,10 @@ def draw() -> None:
         index = loading.index(name)
         made = index.manifest.made_from
         notes = loading.notes().of_run(made.run, made.dictionary_fingerprint)
-        sheet([about(index), numbers(index)], "features.about", links.FeaturesLink)
+        sheet([about(index), numbers(index), *map(hint, loading.stale(index))], "features.about")
         controls_of(link, names)
         listed = feature_list(index.table(), link, notes)
-        sheet(
-            blocks(listed, strongest_examples(index, listed.table), link, notes), "features.table", links.FeaturesLink
-        )
+        sheet(blocks(listed, strongest_examples(index, listed.table), link, notes), "features.table")
     except UserError as error:
         controls.choice("Index", names, name, lambda name: links.FeaturesLink(index=name), "features.other")
         refuse(error, "features.error")

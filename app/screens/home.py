@@ -18,7 +18,7 @@ from dictlearn.workspace import Workspace
 
 def draw() -> None:
     workspace = loading.workspace()
-    sheet(blocks(workspace), "home", links.HomeLink)
+    sheet(blocks(workspace), "home")
 
 
 def blocks(workspace: Workspace) -> list[Block]:

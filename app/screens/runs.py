@@ -23,7 +23,7 @@ LIVE_SECONDS = 3
 def draw() -> None:
     link = router.asked(links.RunsLink)
     names = loading.workspace().runs()
-    sheet([heading("Runs"), *missing(names, link)], "runs.head", links.RunsLink)
+    sheet([heading("Runs"), *missing(names, link)], "runs.head")
     if not names:
         return
     chosen = [name for name in link.runs.split(",") if name in names] or names
@@ -52,10 +52,10 @@ def draw() -> None:
 def body(names: Sequence[str], x: str) -> None:
     """What changes while a run trains."""
     runs, refused = opened(names)
-    sheet([problem(sentence) for sentence in refused], "runs.problems", links.RunsLink)
+    sheet([problem(sentence) for sentence in refused], "runs.problems")
     if any(run.curves for run in runs):
         draw_curves([run for run in runs if run.curves], x, "runs.curves")
-    sheet([*overview(runs), *final_numbers(runs), *configurations(runs)], "runs.tables", links.RunsLink)
+    sheet([*overview(runs), *final_numbers(runs), *configurations(runs)], "runs.tables")
 
 
 def opened(names: Sequence[str]) -> tuple[list[RunHistory], list[str]]:

@@ -32,8 +32,8 @@ def draw() -> None:
     try:
         store = loading.store(name)
         with head:
-            sheet(about(store), "store.about", links.StoreLink)
-        sheet(hooks(store), "store.hooks", links.StoreLink)
+            sheet(about(store), "store.about")
+        sheet(hooks(store), "store.hooks")
         if store.rows:
             draw_text(store, replace(link, store=name))
     except UserError as error:
@@ -43,7 +43,7 @@ def draw() -> None:
 def draw_text(store: Store, link: links.StoreLink) -> None:
     """The page of tokens that holds the row of the link, with the ways to other pages."""
     page = text_page(store, loading.token_texts(store.manifest.provenance["model"]["name"]), link.row)
-    sheet([section("Text", f"rows {page.start:,} – {page.stop - 1:,}")], "store.text", links.StoreLink)
+    sheet([section("Text", f"rows {page.start:,} – {page.stop - 1:,}")], "store.text")
     documents = documents_by_name(store)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         earlier, later = (None if row is None else replace(link, row=row) for row in (page.earlier, page.later))
@@ -58,7 +58,7 @@ def draw_text(store: Store, link: links.StoreLink) -> None:
             "store.document",
             width=360,
         )
-    draw_strips(passages(page), "store.passages", links.StoreLink, label="text of the store")
+    draw_strips(passages(page), "store.passages", label="text of the store")
 
 
 def passages(page: TextPage) -> list[dict[str, Any]]:
@@ -101,8 +101,8 @@ def about(store: Store) -> list[Block]:
     if not store.complete:
         page.append(
             hint(
-                f"This store is growing or was interrupted: {store.rows:,} of {manifest.rows_planned:,} rows are there; "
-                "run its `dictlearn harvest` again to continue; statistics come with the last row."
+                f"This store is growing or was interrupted: {store.rows:,} of {manifest.rows_planned:,} rows are "
+                "there; run its `dictlearn harvest` again to continue; statistics come with the last row."
             )
         )
     return page

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from dictlearn_app import links, router
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -34,14 +33,6 @@ def component(name: str) -> Callable[..., Any]:
     )
 
 
-def mount(name: str, payload: dict[str, Any], key: str, here: type[links.Link]) -> None:
-    """Draw a component. A click on one of its links goes there: without leaving the page when it is ``here``'s."""
-
-    def clicked() -> None:
-        link = links.from_address(st.session_state[key].go)
-        if isinstance(link, here):
-            router.stay(link)
-
-    result = component(name)(data=payload, key=key, on_go_change=clicked)
-    if result.go and not isinstance(link := links.from_address(result.go), here):
-        router.follow(link)
+def mount(name: str, payload: dict[str, Any], key: str) -> None:
+    """Draw a component. Its links change the browser's address, and the run that follows reads it."""
+    component(name)(data=payload, key=key)

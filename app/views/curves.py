@@ -44,4 +44,4 @@ def panel_of(name: str, runs: Sequence[RunHistory], x: str) -> dict[str, Any]:
 
 
 def draw_curves(runs: Sequence[RunHistory], x: str, key: str) -> None:
-    mount("curves", curves_payload(runs, x), key, links.RunsLink)
+    mount("curves", curves_payload(runs, x), key)

@@ -94,4 +94,4 @@ def names(node: Node, fires_on: str) -> tuple[str, str]:
 
 
 def draw_graph(payload: dict[str, Any], key: str) -> None:
-    mount("graph", payload, key, links.CircuitLink)
+    mount("graph", payload, key)

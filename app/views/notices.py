@@ -11,7 +11,7 @@ from dictlearn_app.views.sheet import command, heading, hint, problem, sheet
 
 def refuse(error: Exception, key: str) -> None:
     """Show the sentence of a UserError."""
-    sheet([problem(str(error))], key, links.HomeLink)
+    sheet([problem(str(error))], key)
 
 
 def choose_one(
@@ -29,7 +29,6 @@ def choose_one(
                 command(f"dictlearn {verb} --help", "makes one; Home lists what there is to make it from"),
             ],
             f"{key}.none",
-            links.HomeLink,
         )
         return None
     if asked and asked not in names:
@@ -42,7 +41,6 @@ def choose_one(
                 ),
             ],
             f"{key}.unknown",
-            links.HomeLink,
         )
         controls.choice(kind, ["", *names], "", change, f"{key}.other")
         return None

@@ -16,9 +16,9 @@ Cell = str | Mapping[str, Any]
 """A cell's text, or a mapping of text, sub, href, title, aside, bar (-1 to 1), tone, mono, code, parts or tokens."""
 
 
-def sheet(blocks: Sequence[Block], key: str, here: type[links.Link]) -> None:
+def sheet(blocks: Sequence[Block], key: str) -> None:
     """Draw blocks one under the other."""
-    mount("sheet", {"blocks": list(blocks)}, key, here)
+    mount("sheet", {"blocks": list(blocks)}, key)
 
 
 def heading(

@@ -56,10 +56,9 @@ def group(strips: Sequence[Strip], title: str = "", note: str = "") -> dict[str,
 def draw_strips(
     groups: Sequence[dict[str, Any]],
     key: str,
-    here: type[links.Link],
     scale: float = 0.0,
     lines: bool = False,
     label: str = "text",
 ) -> None:
     """Draw groups of strips; colours are relative to ``scale``, the largest magnitude."""
-    mount("strips", {"groups": list(groups), "scale": scale, "lines": lines, "label": label}, key, here)
+    mount("strips", {"groups": list(groups), "scale": scale, "lines": lines, "label": label}, key)

@@ -2,7 +2,8 @@
 
 The text is the standard library's and the files are written by the project's own writers; the language model and the
 dictionaries have random weights. Activations are not the model's: a row is its token's random vector plus a share of
-its predecessors', so that latents fire on tokens and their contexts. Some tokens and one document are hostile: see HOSTILE.
+its predecessors', so that latents fire on tokens and their contexts. Some tokens and one document are hostile: see
+HOSTILE.
 
 Run as a script to make one: `python tests/app/tiny_workspace.py FOLDER`.
 """
@@ -237,7 +238,7 @@ def save_dictionary(folder: Path, store: Store, hook: str, target: str, d_sae: i
     generator = torch.Generator().manual_seed(seed)
     dictionary = TopK(TopKConfig(d_sae=d_sae, k=k), D, None if target == hook else D)
     directions = torch.nn.functional.normalize(torch.randn(d_sae, D, generator=generator), dim=1)
-    mean = torch.from_numpy(store.statistics(hook).mean).float()
+    mean = torch.tensor(store.statistics(hook).mean, dtype=torch.float32)
     with torch.no_grad():
         dictionary.W_enc.copy_(directions)
         dictionary.W_dec.copy_(directions)

@@ -1,0 +1,53 @@
+"""`dictlearn app`: what it refuses, and the command it runs."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from activation_store.errors import UserError
+from dictlearn import app_command
+from dictlearn.app_command import AppConfig, run_app
+from dictlearn.workspace import Workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_missing_workspace_is_refused_with_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no workspace '.*nowhere'; make one with `dictlearn demo`"):
+        run_app(AppConfig(), Workspace(tmp_path / "nowhere"))
+
+
+def test_a_taken_port_is_refused_by_number(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"Port {port} of .* cannot be used .* choose another with --port"):
+            run_app(AppConfig(port=port), Workspace(tmp_path))
+
+
+def test_without_streamlit_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dictlearn-lab\[app\]'"):
+        run_app(AppConfig(), Workspace(tmp_path))
+
+
+def test_the_server_listens_here_alone_and_reports_nothing() -> None:
+    command = app_command.app_command(AppConfig(port=1234, browser=False))
+    assert Path(command[4]).name == "main.py" and Path(command[4]).is_file()
+    assert {"--server.address=127.0.0.1", "--server.port=1234", "--server.headless=true"} <= set(command)
+    assert {"--browser.gatherUsageStats=false", "--server.showEmailPrompt=false"} <= set(command)
+
+
+def test_the_app_needs_no_torch() -> None:
+    """Pages only read: the first one must not wait for a library that none of them uses."""
+    code = (
+        "import sys\nsys.path.insert(0, 'tests/app')\nimport conftest\n"
+        "from dictlearn_app import router\nrouter.pages()\n"
+        "print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip().endswith("[]"), ran.stdout + ran.stderr

@@ -1,0 +1,283 @@
+"""The app in a real browser: pages, addresses, keyboard, colours, and what must never happen to a token.
+
+The `tab` fixture checks after each test that no other host was asked for anything, that no script failed, and that
+nothing in the hostile tokens and names has run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+
+from dictlearn.feature_index.read import feature_page, open_index
+from dictlearn.feature_index.token_text import shown
+from tests.app.conftest import serving
+from tests.app.tiny_workspace import HOSTILE, HOSTILE_DOCUMENT
+
+pytestmark = pytest.mark.needs("browser")
+
+MARKS = {
+    "Home": "Feature indexes",
+    "Store": "norm of the mean",
+    "Runs": "Where the configurations differ",
+    "Features": "strongest example",
+    "Feature": "Largest activations",
+    "Circuit": "Most influential features",
+}
+"""What each page shows and no other does."""
+
+
+def test_every_page_opens_from_the_navigation(tab: Any) -> None:
+    tab.show()
+    for name, mark in MARKS.items():
+        tab.get_by_role("link", name=name, exact=True).first.click()
+        expect(tab.get_by_text(mark, exact=True)).to_be_visible()
+        expect(tab.get_by_role("heading", level=1)).to_have_count(1)
+
+
+def test_there_is_no_folder_that_streamlit_would_take_for_its_own_pages() -> None:
+    """With one, the first deep link that a fresh server is asked for would run a page without main.py."""
+    assert not (Path(__file__).resolve().parents[2] / "app" / "pages").exists()
+
+
+# --- the address is the state -----------------------------------------------------------------------------------------
+
+
+def test_a_pasted_address_restores_the_table(tab: Any) -> None:
+    tab.show("features?index=sae&search=import&sort=density&ascending=1")
+    expect(tab.get_by_label("Search")).to_have_value("import")
+    expect(tab.locator("th[aria-sort=ascending]")).to_have_text("density ↑")
+    first = tab.locator("tbody tr").first.inner_text()
+    tab.reload()
+    expect(tab.locator("tbody tr").first).to_have_text(re.compile(re.escape(first.split()[0])))
+
+
+def test_what_is_chosen_is_written_to_the_address(tab: Any) -> None:
+    tab.show("features?index=sae")
+    tab.get_by_role("link", name="density", exact=True).click()
+    expect(tab).to_have_url(re.compile(r"sort=density"))
+    tab.get_by_label("Search").fill("self")
+    tab.get_by_label("Search").press("Enter")
+    expect(tab).to_have_url(re.compile(r"search=self&sort=density|sort=density&search=self"))
+
+
+def test_a_row_opens_its_feature_and_back_returns(tab: Any) -> None:
+    tab.show("features?index=sae&sort=density")
+    latent = tab.locator("tbody tr").nth(2).locator("th").inner_text().strip()
+    tab.locator("tbody tr").nth(2).locator("td.right").first.click()
+    expect(tab.get_by_role("heading", name=f"Latent {latent}", exact=True)).to_be_visible()
+    expect(tab).to_have_url(re.compile(f"/feature\\?index=sae&latent={latent}$"))
+    tab.locator(".cell a, table a").first.click()
+    expect(tab.get_by_role("heading", name=f"Latent {latent}", exact=True)).to_have_count(0)
+    tab.go_back()
+    expect(tab.get_by_role("heading", name=f"Latent {latent}", exact=True)).to_be_visible()
+    tab.go_back()
+    expect(tab).to_have_url(re.compile("/features\\?index=sae&sort=density$"))
+    expect(tab.locator("th[aria-sort=descending]")).to_have_text("density ↓")
+
+
+def test_a_name_that_is_not_there_is_said(tab: Any) -> None:
+    tab.show("feature?index=<b>nowhere</b>&latent=5")
+    expect(tab.get_by_role("alert").first).to_contain_text("There is no index '<b>nowhere</b>' in this workspace")
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def test_arrow_keys_step_through_features(tab: Any) -> None:
+    tab.show("feature?index=sae&latent=5")
+    tab.locator(".strip").first.wait_for()
+    tab.locator("[data-test-script-state=notRunning]").wait_for()
+    tab.keyboard.press("ArrowRight")
+    expect(tab.get_by_role("heading", name="Latent 6", exact=True)).to_be_visible()
+    expect(tab).to_have_url(re.compile(r"latent=6$"))
+    expect(tab.get_by_label("Latent", exact=True)).to_have_value("6")
+    tab.locator("[data-test-script-state=notRunning]").wait_for()
+    tab.keyboard.press("ArrowLeft")
+    expect(tab.get_by_role("heading", name="Latent 5", exact=True)).to_be_visible()
+
+
+def test_strips_are_walked_and_opened_by_keyboard(tab: Any) -> None:
+    tab.show("feature?index=sae&latent=5")
+    strips = tab.locator(".strip")
+    strips.first.focus()
+    tab.keyboard.press("ArrowDown")
+    expect(strips.nth(1)).to_be_focused()
+    tab.keyboard.press("ArrowRight")
+    expect(tab.get_by_role("tooltip").last).to_contain_text("activation")
+    expect(tab.get_by_role("heading", name="Latent 5", exact=True)).to_be_visible()
+    tab.keyboard.press("Enter")
+    expect(strips.nth(1)).to_have_attribute("aria-expanded", "true")
+    assert strips.nth(1).get_attribute("aria-label").startswith("activation ")
+
+
+def test_a_note_is_kept(tab: Any) -> None:
+    tab.show("feature?index=sae&latent=9")
+    tab.get_by_label("Note").fill("<b>dots</b> and **stars**")
+    tab.get_by_label("Note").press("Enter")
+    tab.show("features?index=sae&search=dots")
+    expect(tab.locator("tbody tr")).to_have_count(1)
+    expect(tab.locator("tbody td").last).to_have_text("<b>dots</b> and **stars**")
+
+
+def test_an_example_leads_to_its_text_in_the_store(tab: Any) -> None:
+    tab.show("feature?index=sae&latent=5")
+    tab.locator(".strip .source a").first.click()
+    expect(tab.get_by_text("norm of the mean", exact=True)).to_be_visible()
+    assert "/store?store=stdlib&row=" in tab.url
+
+
+# --- text stays text --------------------------------------------------------------------------------------------------
+
+
+def test_hostile_tokens_are_text_in_a_store(tab: Any) -> None:
+    tab.show("store?store=stdlib")
+    tab.locator(".t").first.wait_for()
+    for text in (shown(token.encode()) for token in HOSTILE):
+        span = tab.locator(".t", has_text=re.compile(f"^{re.escape(text)}$")).first
+        expect(span).to_be_visible()
+        assert span.evaluate("node => node.childElementCount") == 0
+        span.hover()
+        expect(tab.locator(".strips .tooltip")).to_contain_text(text)
+
+
+@pytest.mark.parametrize("wrapped", [0, 1])
+def test_hostile_tokens_are_text_on_the_page_of_a_feature(tab: Any, tiny: Path, wrapped: int) -> None:
+    index = open_index(tiny / "indexes" / "sae.zarr")
+    hostile = {shown(token.encode()) for token in HOSTILE}
+    on_page = {
+        latent: {token for band in feature_page(index, latent).bands for strip in band.strips for token in strip.tokens}
+        for latent in range(0, index.d_sae, 3)
+    }
+    latent = max(on_page, key=lambda latent: len(on_page[latent] & hostile))
+    tab.show(f"feature?index=sae&latent={latent}&wrapped={wrapped}")
+    tab.locator(".strip").first.wait_for()
+    assert len(on_page[latent] & hostile) >= 3
+    assert on_page[latent] & hostile <= {text.replace("\n", "") for text in tab.locator(".t").all_text_contents()}
+
+
+def test_hostile_names_and_tokens_are_text_everywhere_else(tab: Any) -> None:
+    tab.show("store?store=stdlib")
+    expect(tab.get_by_role("heading", name=HOSTILE_DOCUMENT)).to_be_visible()
+    expect(tab.get_by_role("combobox", name="Document")).to_have_value(HOSTILE_DOCUMENT)
+    tab.show("circuit?graph=import-sys")
+    expect(tab.get_by_role("heading", level=1)).to_contain_text(HOSTILE[0])
+    expect(tab.locator(".node.logit").first).to_be_visible()
+    tab.show()
+    expect(tab.get_by_role("row", name=re.compile("import-sys"))).to_contain_text(HOSTILE[0])
+    tab.show("features?index=sae&search=" + "script")
+    tab.locator("table, .empty").first.wait_for()
+    for kind in ("script", "img", "b", "iframe"):
+        assert tab.locator(f".root {kind}").count() == 0
+
+
+# --- circuits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_is_pointed_at_pinned_and_followed(tab: Any, tiny: Path) -> None:
+    nodes = json.loads((tiny / "graphs" / "import-sys.json").read_text())["nodes"]
+    feature = max((n for n in nodes if n["kind"] == "feature" and n["kept"]), key=lambda node: node["influence"])
+    tab.show("circuit?graph=import-sys")
+    node = tab.locator(f".node.feature[aria-label^='latent {feature['latent']},']").first
+    node.hover()
+    expect(tab.locator(".panel h2")).to_have_text(f"latent {feature['latent']}")
+    expect(tab.locator(".panel")).to_contain_text("Residue")
+    node.click()
+    expect(tab).to_have_url(re.compile(r"node=feature"))
+    expect(tab.get_by_text(f"What latent {feature['latent']} of layer 2 fires on")).to_be_visible()
+    tab.locator(".node.pinned").click()
+    expect(tab.get_by_role("heading", name=f"Latent {feature['latent']}", exact=True)).to_be_visible()
+    assert "/feature?index=transcoder-2" in tab.url
+
+
+def test_the_sliders_hide_nodes_and_edges_without_asking_the_server(tab: Any) -> None:
+    tab.show("circuit?graph=import-sys")
+    count = tab.locator(".controls .muted").first
+    before = re.findall(r"\d+", count.inner_text())
+    tab.get_by_label("least share of its target's inputs").fill("70")
+    tab.get_by_label("least influence of a node").fill("80")
+    after = re.findall(r"\d+", count.inner_text())
+    assert int(after[0]) < int(before[0]) and int(after[2]) < int(before[2])
+    assert "graph=import-sys" in tab.url
+
+
+def test_the_graph_is_walked_by_keyboard(tab: Any) -> None:
+    tab.show("circuit?graph=import-sys")
+    start = tab.locator(".node[tabindex='0']")
+    start.focus()
+    first = tab.locator(".panel h2").inner_text()
+    tab.keyboard.press("ArrowUp")
+    tab.keyboard.press("ArrowRight")
+    expect(tab.locator(".panel h2")).not_to_have_text(first)
+    tab.keyboard.press("Enter")
+    expect(tab).to_have_url(re.compile(r"node="))
+
+
+# --- looks ------------------------------------------------------------------------------------------------------------
+
+CONTRASTS = """() => {
+    const channels = (text) => {
+        const numbers = text.match(/-?[0-9.]+/g).map(Number);
+        return text.startsWith('color(') ? numbers.slice(0, 3).map((x) => x * 255) : numbers.slice(0, 3);
+    };
+    const luminance = (text) => {
+        const linear = (x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+        const [r, g, b] = channels(text).map((x) => linear(x / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const roots = [...document.querySelectorAll('*')].filter((n) => n.shadowRoot).map((n) => n.shadowRoot);
+    const found = {};
+    for (const selector of ['h1', 'a', '.note', 'thead th', 'dt', '.head', '.source', '.title .muted']) {
+        const node = roots.map((root) => root.querySelector(selector)).find(Boolean);
+        if (!node) continue;
+        const paper = luminance(getComputedStyle(document.querySelector('.stApp')).backgroundColor);
+        const ink = luminance(getComputedStyle(node).color);
+        found[selector] = (Math.max(paper, ink) + 0.05) / (Math.min(paper, ink) + 0.05);
+    }
+    return [found, getComputedStyle(document.querySelector('.stApp')).backgroundColor];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_follow_the_system_and_text_is_legible(tab: Any, scheme: str) -> None:
+    tab.emulate_media(color_scheme=scheme)
+    tab.show("feature?index=sae&latent=5")
+    tab.locator(".strip").first.wait_for()
+    tab.locator(".histogram").first.wait_for()
+    contrasts, paper = tab.evaluate(CONTRASTS)
+    assert paper == {"light": "rgb(253, 253, 251)", "dark": "rgb(22, 22, 21)"}[scheme]
+    assert len(contrasts) == 8
+    assert {name: round(ratio, 2) for name, ratio in contrasts.items() if ratio < 4.5} == {}
+
+
+def test_a_narrow_window_is_not_scrolled_sideways(tab: Any) -> None:
+    overflow = "() => document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
+    tab.show()
+    for name, mark in MARKS.items():
+        tab.set_viewport_size({"width": 1400, "height": 900})
+        tab.get_by_role("link", name=name, exact=True).first.click()
+        expect(tab.get_by_text(mark, exact=True)).to_be_visible()
+        tab.set_viewport_size({"width": 480, "height": 900})
+        tab.wait_for_timeout(300)
+        assert (name, tab.evaluate(overflow)) == (name, 0)
+
+
+# --- while a run trains -----------------------------------------------------------------------------------------------
+
+
+def test_curves_grow_while_a_run_trains_and_a_deep_link_is_first(tab: Any, own: Path, tmp_path: Path) -> None:
+    """On a fresh server, whose very first address is a deep link."""
+    with serving(own, tmp_path) as server:
+        tab.show("runs?runs=training&x=step", server=server)
+        state = tab.get_by_role("row", name=re.compile("^training topk"))
+        expect(state).to_contain_text("at step 170")
+        line = json.loads((own / "runs" / "training" / "metrics.jsonl").read_text().splitlines()[-1])
+        with (own / "runs" / "training" / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({**line, "step": 180, "rows": 180 * 4096}) + "\n")
+        expect(state).to_contain_text("at step 180", timeout=15_000)
+        tab.goto("about:blank")

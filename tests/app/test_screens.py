@@ -1,0 +1,288 @@
+"""Every page run headless: what it says of a whole workspace, of an empty one, and of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.app.conftest import Screen
+from tests.app.tiny_workspace import HOOKS, HOSTILE, HOSTILE_DOCUMENT
+
+Open = Callable[..., Screen]
+
+ALL = ("home", "store", "runs", "features", "feature", "circuit")
+
+
+# --- a whole workspace ------------------------------------------------------------------------------------------------
+
+
+def test_home_lists_everything_with_the_command_that_makes_the_next(screen: Open, tiny: Path) -> None:
+    home = screen("home")
+    names = [[row[0] for row in home.table(number)] for number in range(4)]
+    assert names == [
+        ["growing", "stdlib"],
+        ["sae", "sae-wide", "training", "transcoder-2"],
+        ["sae", "transcoder-2"],
+        ["import-sys"],
+    ]
+    next_of_run = {row[0]: row[3] for row in home.table(1)}
+    suffix = f" --workspace {tiny}"
+    assert next_of_run["sae-wide"] == f"dictlearn evaluate sae-wide{suffix}"
+    assert next_of_run["training"] == f"dictlearn train {tiny}/runs/training/config.yaml{suffix}"
+    assert next_of_run["transcoder-2"].startswith("dictlearn circuit --prompt")
+    assert home.table(0)[0][1].startswith("2,048 of ")
+    assert home.table(0)[0][3] == "run its dictlearn harvest again to finish it"
+
+
+def test_a_store_shows_hooks_statistics_and_text(screen: Open) -> None:
+    store = screen("store", store="stdlib")
+    assert store.title == "stdlib"
+    assert [row[0] for row in store.table()] == list(HOOKS)
+    assert all(float(cell) > 0 for row in store.table() for cell in row[4:])
+    first = store.payloads["store.passages"]["groups"][0]
+    assert first["title"] == HOSTILE_DOCUMENT
+    assert HOSTILE[0] in first["strips"][0]["tokens"]
+    assert first["strips"][0]["positions"][:3] == [1, 2, 3]
+
+
+def test_a_store_opens_at_the_page_of_the_row_in_the_address(screen: Open) -> None:
+    store = screen("store", store="stdlib", row="3000")
+    strips = [group["strips"][0] for group in store.payloads["store.passages"]["groups"]]
+    assert strips[0]["first_row"] == 2048
+    assert sum(len(strip["tokens"]) for strip in strips) == 1024
+    store.test.button(key="store.later").click()
+    store.run()
+    assert store.address == {"store": "stdlib", "row": "3072"}
+
+
+def test_a_growing_store_says_so_and_shows_what_is_there(screen: Open) -> None:
+    store = screen("store", store="growing")
+    assert "2,048 of" in store.notices[0] and "`dictlearn harvest`" in store.notices[0]
+    assert store.table()[0][4:] == ["not yet"] * 3
+    assert store.payloads["store.passages"]["groups"]
+
+
+def test_runs_are_laid_over_one_another(screen: Open) -> None:
+    runs = screen("runs")
+    assert [run["name"] for run in runs.payloads["runs.curves"]["runs"]] == [
+        "sae",
+        "sae-wide",
+        "training",
+        "transcoder-2",
+    ]
+    final = {row[0]: row[1:] for row in runs.table(1)}
+    assert final["explained variance"] == ["0.8000", "0.6000"]
+    differences = {row[0]: row[1:] for row in runs.table(2)}
+    assert differences["dictionary.k"] == ["8", "12", "8", "6"]
+
+
+def test_chosen_runs_alone_are_compared(screen: Open) -> None:
+    runs = screen("runs", runs="sae,sae-wide", x="step")
+    assert [run["name"] for run in runs.payloads["runs.curves"]["runs"]] == ["sae", "sae-wide"]
+    assert runs.payloads["runs.curves"]["x_label"] == "steps"
+
+
+def test_features_are_listed_with_links_to_their_pages(screen: Open) -> None:
+    features = screen("features", index="sae", sort="density")
+    block = features.blocks("table")[0]
+    assert len(block["rows"]) == 100
+    assert block["rows"][0]["href"].startswith("feature?index=sae&latent=")
+    assert [column["sorted"] for column in block["columns"] if column.get("sorted")] == ["descending"]
+    assert block["columns"][3]["href"] == "features?index=sae&sort=density&ascending=1"
+
+
+def test_a_search_is_written_to_the_address(screen: Open) -> None:
+    features = screen("features", index="sae", page="2")
+    features.test.text_input(key="features.search").input("import")
+    features.run()
+    assert features.address == {"index": "sae", "search": "import"}
+    assert 0 < len(features.blocks("table")[0]["rows"]) < 100
+
+
+def test_a_feature_page_shows_its_numbers_and_examples(screen: Open) -> None:
+    feature = screen("feature", index="sae", latent="5")
+    assert feature.title == "Latent 5"
+    strips = feature.payloads["feature.strips"]
+    top = strips["groups"][0]["strips"][0]
+    assert strips["groups"][0]["title"] == "Largest activations" and len(strips["groups"]) == 6
+    assert top["values"][top["peak"]] == pytest.approx(strips["scale"], abs=1e-3)
+    assert feature.facts["max"] == top["head"]
+    assert top["href"].startswith("store?store=stdlib&row=")
+    histogram = feature.blocks("histogram")[0]
+    assert sum(histogram["counts"]) == int(feature.facts["fires in"].split()[0].replace(",", ""))
+
+
+def test_the_next_feature_is_a_new_address(screen: Open) -> None:
+    feature = screen("feature", index="sae", latent="5")
+    feature.test.button(key="feature.next").click()
+    feature.run()
+    assert feature.address == {"index": "sae", "latent": "6"} and feature.title == "Latent 6"
+    last = screen("feature", index="sae", latent="255")
+    assert last.test.button(key="feature.next").disabled
+
+
+def test_without_a_latent_the_page_shows_the_first_of_the_table(screen: Open) -> None:
+    first = screen("features", index="sae").table()[0][0]
+    assert screen("feature", index="sae").title == f"Latent {first}"
+
+
+def test_a_note_is_kept_and_listed(screen: Open, own: Path) -> None:
+    feature = screen("feature", workspace=own, index="sae", latent="5")
+    field = next(widget for widget in feature.test.text_input if widget.key.startswith("feature.note"))
+    field.input("**fires** on <b>dots</b>")
+    feature.run()
+    assert (own / "notes.sqlite").exists()
+    listed = screen("features", workspace=own, index="sae", search="fires** on")
+    assert [(row[0], row[-1]) for row in listed.table()] == [("5", "**fires** on <b>dots</b>")]
+
+
+def test_a_circuit_shows_scores_beside_their_nulls_and_the_residues(screen: Open) -> None:
+    circuit = screen("circuit", graph="import-sys")
+    scores = circuit.blocks("table")[0]
+    assert [column["label"] for column in scores["columns"]][1:] == [
+        "this graph",
+        "untrained transcoders",
+        "permuted decoder rows",
+    ]
+    residues = circuit.blocks("table")[2]
+    assert [column["label"] for column in residues["columns"]][3:] == ["bias", "left out by pruning"]
+    assert residues["rows"][0]["cells"][0]["href"].startswith("circuit?graph=import-sys&node=logit")
+    assert circuit.notices == []
+
+
+def test_a_pinned_feature_shows_its_examples(screen: Open, tiny: Path) -> None:
+    nodes = json.loads((tiny / "graphs" / "import-sys.json").read_text())["nodes"]
+    node = next(node for node in nodes if node["kind"] == "feature" and node["kept"])
+    circuit = screen("circuit", graph="import-sys", node=node["id"])
+    assert circuit.payloads["circuit.graph"]["pinned"] == node["id"]
+    assert f"latent {node['latent']} of layer 2" in circuit.payloads["circuit.strips"]["groups"][0]["title"]
+
+
+# --- what is missing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_empty_workspace_is_one_sentence_and_a_command(screen: Open, tmp_path: Path, name: str) -> None:
+    empty = screen(name, workspace=tmp_path)
+    assert len(empty.notices) == 1
+    assert empty.blocks("command")[0]["text"].startswith("dictlearn ")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "verb"),
+    [
+        ("store", "store", "harvest"),
+        ("features", "index", "index"),
+        ("feature", "index", "index"),
+        ("circuit", "graph", "circuit"),
+        ("runs", "runs", "train"),
+    ],
+)
+def test_a_name_that_is_not_there_is_said_and_not_replaced(screen: Open, name: str, parameter: str, verb: str) -> None:
+    asked = screen(name, **{parameter: "<b>nowhere</b>"})
+    assert len(asked.notices) == 1
+    assert "'<b>nowhere</b>'" in asked.notices[0] and f"`dictlearn {verb}`" in asked.notices[0]
+
+
+def test_a_latent_beyond_the_last_names_the_range(screen: Open) -> None:
+    lost = screen("feature", index="sae", latent="5000")
+    assert lost.notices == ["There is no latent 5000 in the index 'sae': it has 256, numbered 0 to 255."]
+    lost.test.number_input(key="feature.other").set_value(7)
+    lost.run()
+    assert lost.title == "Latent 7"
+
+
+def test_a_node_that_is_not_in_the_graph_is_said(screen: Open) -> None:
+    assert "has no node 'feature/9/9/9'" in screen("circuit", graph="import-sys", node="feature/9/9/9").notices[0]
+
+
+# --- what is damaged --------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_index_is_named_and_the_rest_works(screen: Open, own: Path) -> None:
+    (own / "indexes" / "sae.zarr" / "zarr.json").write_text("{}")
+    for name in ("features", "feature"):
+        damaged = screen(name, workspace=own, index="sae")
+        assert (
+            len(damaged.notices) == 1 and "sae.zarr" in damaged.notices[0] and "dictlearn index" in damaged.notices[0]
+        )
+        assert screen(name, workspace=own, index="transcoder-2").notices == []
+    home = screen("home", workspace=own)
+    assert "sae.zarr" in home.table(2)[0][1]
+
+
+def test_a_damaged_store_is_named_and_the_rest_works(screen: Open, own: Path) -> None:
+    file = own / "stores" / "stdlib.zarr" / "zarr.json"
+    file.write_text(file.read_text().replace('"rows":', '"rows" :', 1).replace("float32", "float16", 1))
+    damaged = screen("store", workspace=own, store="stdlib")
+    assert len(damaged.notices) == 1 and "is damaged" in damaged.notices[0]
+    assert screen("store", workspace=own, store="growing").payloads["store.passages"]["groups"]
+    feature = screen("feature", workspace=own, index="sae", latent="5")
+    assert feature.payloads["feature.strips"]["groups"][0]["strips"][0]["href"] is None
+
+
+def test_an_index_whose_store_is_gone_says_so_and_shows_its_features(screen: Open, own: Path) -> None:
+    shutil.rmtree(own / "stores" / "stdlib.zarr")
+    features = screen("features", workspace=own, index="sae")
+    assert "There is no store 'stdlib'" in features.notices[0]
+    assert len(features.blocks("table")[0]["rows"]) == 100
+
+
+def test_an_index_of_a_run_that_was_trained_again_says_so(screen: Open, own: Path) -> None:
+    weights = "dictionary/dictionary.safetensors"
+    shutil.copy(own / "runs" / "sae-wide" / weights, own / "runs" / "sae" / weights)
+    features = screen("features", workspace=own, index="sae")
+    assert features.notices == [
+        "The run 'sae' has been trained again since it was indexed; make the index again with `dictlearn index sae`."
+    ]
+
+
+def test_a_damaged_run_costs_its_own_part(screen: Open, own: Path) -> None:
+    (own / "runs" / "sae" / "evaluation.json").write_text("{")
+    runs = screen("runs", workspace=own)
+    assert len(runs.notices) == 1 and "evaluation.json" in runs.notices[0]
+    assert len(runs.payloads["runs.curves"]["runs"]) == 4
+
+
+def test_a_damaged_graph_is_one_sentence(screen: Open, own: Path) -> None:
+    file = own / "graphs" / "import-sys.json"
+    file.write_text(file.read_text()[:500])
+    damaged = screen("circuit", workspace=own)
+    assert len(damaged.notices) == 1 and "`dictlearn circuit`" in damaged.notices[0]
+
+
+def test_a_graph_without_an_index_names_the_command(screen: Open, own: Path) -> None:
+    shutil.rmtree(own / "indexes" / "transcoder-2.zarr")
+    circuit = screen("circuit", workspace=own)
+    assert circuit.notices == [
+        "The run 'transcoder-2' has no feature index, so the features of layer 2 have no pages; "
+        "make one with `dictlearn index transcoder-2`."
+    ]
+    assert circuit.payloads["circuit.graph"]["nodes"]
+
+
+def test_a_model_that_is_gone_costs_the_text_of_a_store_alone(screen: Open, own: Path, monkeypatch) -> None:
+    from dictlearn_app import loading
+
+    from activation_store.errors import UserError
+
+    def gone(model: str) -> None:
+        raise UserError(f"There is no model {model!r}.")
+
+    monkeypatch.setattr(loading, "token_texts", gone)
+    store = screen("store", workspace=own, store="stdlib")
+    assert "There is no model" in store.notices[-1]
+    assert len(store.table()) == 3
+
+
+def test_strange_files_in_the_workspace_do_no_harm(screen: Open, own: Path) -> None:
+    (own / "runs" / ".DS_Store").write_text("")
+    (own / "runs" / "a b").mkdir()
+    (own / "stores" / "file.zarr").write_text("")
+    home = screen("home", workspace=own)
+    assert len(home.table(1)) == 6
+    assert screen("runs", workspace=own).payloads["runs.curves"]["runs"]
