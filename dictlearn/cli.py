@@ -136,6 +136,14 @@ def index(args: list[str]) -> None:
     terminal.print_line(f"{path}: browse it with `dictlearn app`.")
 
 
+def show(args: list[str]) -> None:
+    from dictlearn.feature_index.read import feature_page, open_index
+
+    call = parse("show", ShowConfig, args)
+    opened = open_index(Workspace(call.workspace).existing_index(call.config.index))
+    say(call, feature_page(opened, call.config.latent), reports.feature)
+
+
 def circuit(args: list[str]) -> None:
     from dictlearn.circuits import read, summary
     from dictlearn.circuits.command import CircuitConfig, run_circuit
@@ -167,6 +175,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "fit a dictionary to a store"),
     "evaluate": (evaluate, "measure a trained dictionary on held-out documents"),
     "index": (index, "index every activation of a dictionary's features"),
+    "show": (show, "print one feature's page: numbers, examples, logits, neighbours"),
     "circuit": (circuit, "trace a next-token prediction through transcoder features and heads"),
     "app": (app, "browse the workspace"),
     "store": (store, "look into an activation store, or verify it"),
@@ -182,6 +191,16 @@ class StoreConfig:
 
     store: Annotated[str, tyro.conf.Positional]
     """Name or path of the store."""
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Print one feature's page, as the app shows it."""
+
+    index: Annotated[str, tyro.conf.Positional]
+    """Name of the index (its run's name, unless it was given another)."""
+    latent: Annotated[int, tyro.conf.Positional]
+    """Number of the latent."""
 
 
 def take_option(args: list[str], flag: str, default: str) -> tuple[str, list[str]]:

@@ -11,6 +11,8 @@ from dictlearn.terminal import bytes_in_words, print_facts, print_line, print_ta
 if TYPE_CHECKING:
     from activation_store.describe import StoreDescription
     from dictlearn.circuits.graph_summary import Summary
+    from dictlearn.feature_index.read import FeaturePage
+    from dictlearn.feature_index.strips import TokenStrip
     from dictlearn.metrics.command import Evaluation
 
 
@@ -73,6 +75,27 @@ def evaluations(measured: Sequence[Evaluation]) -> None:
     for evaluation in measured:
         hooks = dict.fromkeys([evaluation.hook_in, evaluation.hook_out])
         print_line(f"  {evaluation.run}: {' -> '.join(hooks)}")
+
+
+def feature(page: FeaturePage) -> None:
+    """Numbers, the strongest examples with the activating token in brackets, logits and neighbours."""
+    print_line(
+        f"Latent {page.latent} of {page.d_sae}: fires in {page.count:,} of {page.rows:,} rows ({page.density:.3%})."
+    )
+    for band in page.bands[:1]:
+        for strip in band.strips[:10]:
+            print_line(f"{strip.value:10.3f}  {in_brackets(strip)}   {strip.document} ({strip.split})")
+    for name, logits in (("raises", page.top_logits), ("lowers", page.bottom_logits)):
+        if logits:
+            print_line(f"{name}: " + ", ".join(f"{each.token!r} {each.logit:.2f}" for each in logits[:8]))
+    near = ", ".join(f"{each.latent} ({each.cosine:.2f})" for each in page.neighbours[:5])
+    print_line(f"nearest decoder rows: {near}")
+
+
+def in_brackets(strip: TokenStrip) -> str:
+    """A strip as one line of text, its peak in double brackets."""
+    before, after = "".join(strip.tokens[: strip.peak]), "".join(strip.tokens[strip.peak + 1 :])
+    return f"{before}⟦{strip.tokens[strip.peak]}⟧{after}".replace("\n", "⏎")
 
 
 def circuit(found: Summary) -> None:

@@ -65,6 +65,7 @@ MISTAKES = {
     ),
     "run that is not there": (["evaluate", "nope"], "There is no run 'nope'"),
     "index of nothing": (["index", "nope"], "There is no run 'nope'"),
+    "feature of nothing": (["show", "nope", "1"], "There is no index 'nope'"),
     "store to look into": (["store", "info", "nope"], "There is no store 'nope'"),
     "circuit of nothing": (["circuit", "--prompt", "a", "--transcoder", "nope"], "There is no run 'nope'"),
     "app without workspace": (["app"], "There is no workspace"),
@@ -101,7 +102,7 @@ def test_help_and_version_answer_without_torch(args, tmp_path):
     assert "harvest" in out or out.strip()[0].isdigit()
 
 
-@pytest.mark.parametrize("verb", ["demo", "harvest", "train", "evaluate", "index", "circuit", "app", "store"])
+@pytest.mark.parametrize("verb", ["demo", "harvest", "train", "evaluate", "index", "show", "circuit", "app", "store"])
 def test_every_verb_explains_each_of_its_options(verb, tmp_path):
     code, out, _, heavy, _ = dictlearn(verb, "--help", cwd=tmp_path)
     assert code == 0 and heavy == []

@@ -3,9 +3,9 @@
     python scripts/make/train_bundled_lm.py train  --folder build/bundled_lm
     python scripts/make/train_bundled_lm.py export --folder build/bundled_lm
 
-``train`` writes a checkpoint every few minutes and a later run continues it with the same order of data. A continued run
-may ask for another number of epochs; the record says from which step on which number set the schedule. It uses a GPU
-when there is one. ``export`` writes the Hugging Face folder (half precision) into
+``train`` writes a checkpoint every few minutes and a later run continues it with the same order of data. A continued
+run may ask for another number of epochs; the record says from which step on which number set the schedule. It uses a
+GPU when there is one. ``export`` writes the Hugging Face folder (half precision) into
 activation_store/harvest/bundled/. The model card beside it is written by scripts/make/bundled_lm_card.py.
 
 The network is a Llama-layout decoder (RMSNorm, rotary positions, gated MLP, tied embedding). Matrices are optimised by
