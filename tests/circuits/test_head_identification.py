@@ -5,8 +5,13 @@ Whether the method finds heads of a real model is not tested here; the script pr
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ import torch
 from activation_store.errors import UserError
 from activation_store.seeds import numpy_stream
 from dictlearn.circuits import head_identification as identification
+from dictlearn.circuits import head_outputs
 from dictlearn.circuits.head_identification import (
     NO_CODE,
     RELEASED,
@@ -342,3 +348,49 @@ def test_values_that_are_not_finite_are_refused() -> None:
 def test_an_auc_without_two_kinds_of_heads_is_refused(known: list[bool]) -> None:
     with pytest.raises(UserError, match=f"{sum(known)} of 2 heads"):
         roc_auc(np.array([1.0, 2.0]), np.array(known))
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / "circuits" / "identify_heads.py"
+    spec = importlib.util.spec_from_file_location("identify_heads", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "identify_heads", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_has_every_method_and_leaves_out_seeds_without_an_answer(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identification, "DiscreteSAEConfig", lambda examples: replace(TINY, examples=examples))
+
+    aucs = []
+
+    def cases() -> Iterator:
+        for seed in range(4):
+            heads = planted_heads("shifted", seed, pairs=12, heads=6, known=2, width=16)
+            if seed:
+                aucs.append(roc_auc(mean_difference(heads.positive_NHD, heads.negative_NHD), heads.known_H))
+            known = {"planted": heads.known_H & (seed > 0), "other": heads.known_H & False}
+            yield script.Case(heads.positive_NHD, heads.negative_NHD, known)
+
+    script.compare(cases, examples=4)
+    printed = capsys.readouterr().out
+    assert "By planted, all heads matter or none does in seeds [0]" in printed
+    assert "By other, all heads matter or none does in seeds [0, 1, 2, 3]" in printed
+    assert "known by planted: mean over 3 seeds" in printed and "known by other:" not in printed
+    rows = {line.split("│")[0].strip(): line.split("│")[1:] for line in printed.splitlines() if "│" in line}
+    assert rows["mean difference"][0].strip() == str(interval(aucs))
+    assert {"discrete SAE", "SAE as released", "SAE untrained", "SAE, labels shuffled"} <= set(rows)
+    assert {"minus its labels shuffled", "minus SAE untrained", "minus linear probe"} <= set(rows)
+
+
+def test_a_model_that_does_not_do_the_task_is_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = head_outputs.HeadEffects(np.zeros(4), np.zeros(4), gap=-0.1, accuracy=0.0, negative_accuracy=0.0)
+    monkeypatch.setattr(head_outputs, "head_effects", lambda *arguments: nothing)
+    with pytest.raises(UserError, match="does not do this task at all"):
+        script.measured_truth(None, None)
