@@ -27,7 +27,7 @@ BYTES_PER_ACTIVATION = 32
 """Memory per activation of a range: row and value (8), a part's slice of them (8), where each goes (16)."""
 
 PAIR_VALUES = 1 << 18
-"""Counters that pairs are added up in at a time: 2 MiB, which stay in a core's cache."""
+"""Pairs counted at a time, and counters they are added up in: 2 MiB each, which stay in a core's cache."""
 
 PER_LATENT = (
     "latents/count",
@@ -257,10 +257,11 @@ def _count_pairs(slots_PK: np.ndarray, rows: np.ndarray, bounds: np.ndarray, tog
     """
     L, S = together_LS.shape
     step = max(1, PAIR_VALUES // (S + 1))
+    most_rows = max(1, PAIR_VALUES // slots_PK.shape[1])
     for first in range(0, L, step):
         last = min(first + step, L)
-        for low in range(int(bounds[first]), int(bounds[last]), PAIR_VALUES):
-            high = min(low + PAIR_VALUES, int(bounds[last]))
+        for low in range(int(bounds[first]), int(bounds[last]), most_rows):
+            high = min(low + most_rows, int(bounds[last]))
             others = slots_PK[rows[low:high]].astype(np.int64)
             of_latent = np.searchsorted(bounds[first : last + 1], np.arange(low, high), side="right") - 1
             others += (of_latent * (S + 1))[:, None]
