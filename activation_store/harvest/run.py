@@ -242,7 +242,7 @@ class Request:
             "model": self.spec.provenance(),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "corpus": {
-                "name": self.corpus.name,
+                "name": _lasting_name(self.corpus.name),
                 "fingerprint": self.corpus.fingerprint,
                 "documents": len(self.corpus.documents),
                 "left_out": self.corpus.left_out,
@@ -328,6 +328,11 @@ class Request:
                 f"The store {self.config.store} was made otherwise: {'; '.join(found[:4])}{more}. "
                 "Ask for the same as before, or choose another name for the new store."
             )
+
+
+def _lasting_name(corpus: str) -> str:
+    """A corpus's name as it can be found from any working directory."""
+    return corpus if corpus == "stdlib" or corpus.startswith("hub:") else str(Path(corpus).resolve())
 
 
 def _but_versions(made: Manifest | Request) -> dict[str, Any]:
