@@ -4,7 +4,10 @@
 const NODE = 15;
 const ROW_GAP = 20;
 const GUTTER = 64;
+const EMPTY_ROW = 17;
 const FOOT = 34;
+const LOGIT_WIDTH = 76;
+const LOGIT_HEIGHT = 31;
 
 // --- layout: numbers only ----------------------------------------------------------------------------------------------
 
@@ -27,8 +30,14 @@ function layOut(data, shown, width) {
     for (let row = 1; row < n_rows; row++) count = Math.max(count, (cells.get(`${position}/${row}`) || []).length);
     return count;
   });
-  const wanted = most.map((count) => Math.min(count, 7) * NODE + 12);
-  const total = wanted.reduce((a, b) => a + b, 0);
+  // Side by side while there is room; in a long prompt nodes stand in lines under one another instead.
+  let wanted;
+  let total;
+  for (const abreast of [7, 5, 4, 3, 2]) {
+    wanted = most.map((count) => Math.min(count, abreast) * NODE + 12);
+    total = wanted.reduce((a, b) => a + b, 0);
+    if (total <= width - GUTTER) break;
+  }
   const spare = Math.max(0, width - GUTTER - total - 8);
   const least = data.tokens.map((token) => Math.min(90, token.length * 7 + 14));
   const missing = least.map((need, i) => Math.max(0, need - wanted[i]));
@@ -42,18 +51,20 @@ function layOut(data, shown, width) {
     x += column;
   }
   const perLine = widths.map((column) => Math.max(1, Math.floor((column - 8) / NODE)));
+  // Logits all belong to the last position, so they have their row to themselves: side by side, ending above it.
+  const logits = [...cells.entries()].find(([key]) => key.endsWith(`/${n_rows - 1}`))?.[1] || [];
+  const logitsPerLine = Math.max(1, Math.floor((x - GUTTER) / LOGIT_WIDTH));
   const heights = [];
-  for (let row = 0; row < n_rows; row++) {
+  for (let row = 0; row < n_rows - 1; row++) {
     let lines = 0;
-    for (let position = 0; position < widths.length; position++) {
-      const count = (cells.get(`${position}/${row}`) || []).length;
-      lines = Math.max(lines, row === n_rows - 1 ? count * 1.25 : Math.ceil(count / perLine[position]));
-    }
-    heights.push(lines ? lines * NODE + ROW_GAP : 13);
+    for (let position = 0; position < widths.length; position++)
+      lines = Math.max(lines, Math.ceil((cells.get(`${position}/${row}`) || []).length / perLine[position]));
+    heights.push(lines ? lines * NODE + ROW_GAP : EMPTY_ROW);
   }
+  heights.push(Math.ceil(logits.length / logitsPerLine) * LOGIT_HEIGHT + 10);
   // A small graph is spread out: edges between rows that touch cannot be told apart.
   const rows = heights.reduce((a, b) => a + b, 0);
-  const full = heights.map((height) => height > 13);
+  const full = heights.map((height, row) => height > EMPTY_ROW && row && row < n_rows - 1);
   const stretch = Math.max(0, 470 - rows) / (full.filter(Boolean).length || 1);
   heights.forEach((height, row) => (heights[row] = full[row] ? height + stretch : height));
   const tops = [];
@@ -66,15 +77,25 @@ function layOut(data, shown, width) {
   for (const [key, list] of cells) {
     const [position, row] = key.split("/").map(Number);
     const middle = lefts[position] + widths[position] / 2;
-    const per = row === n_rows - 1 ? 1 : perLine[position];
+    if (row === n_rows - 1) {
+      list.forEach((i, n) => {
+        const line = Math.floor(n / logitsPerLine);
+        const inLine = Math.min(logitsPerLine, list.length - line * logitsPerLine);
+        places.set(i, {
+          x: x - (inLine - (n % logitsPerLine) - 0.5) * LOGIT_WIDTH,
+          y: tops[row] + 5 + (line + 0.5) * LOGIT_HEIGHT,
+        });
+      });
+      continue;
+    }
+    const per = perLine[position];
     const lines = Math.ceil(list.length / per);
     list.forEach((i, n) => {
       const line = Math.floor(n / per);
       const inLine = Math.min(per, list.length - line * per);
-      const pitch = row === n_rows - 1 ? NODE * 1.25 : NODE;
       places.set(i, {
         x: middle + ((n % per) - (inLine - 1) / 2) * NODE,
-        y: tops[row] + heights[row] / 2 + (line - (lines - 1) / 2) * pitch,
+        y: tops[row] + heights[row] / 2 + (line - (lines - 1) / 2) * NODE,
       });
     });
   }
@@ -87,6 +108,7 @@ class Graph {
   constructor(component, root) {
     this.root = root;
     this.canvas = make("canvas", { "aria-hidden": "true" });
+    this.rest = make("canvas");
     this.svg = make("svg", { role: "group", "aria-label": "attribution graph" });
     this.stage = make("div", { class: "stage" }, this.canvas, this.svg);
     this.frame = make("div", { class: "frame" }, this.stage);
@@ -98,8 +120,9 @@ class Graph {
     root.replaceChildren(make("div", { class: "main" }, this.controls, this.frame), this.panel);
     this.hovered = null;
     this.pinned = null;
+    this.frame.addEventListener("scroll", () => this.keepLayers());
     new ResizeObserver(() => this.draw()).observe(this.frame);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTimeout(() => this.paint(), 300));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTimeout(() => this.paintRest(), 300));
     this.take(component);
   }
 
@@ -132,6 +155,7 @@ class Graph {
       this.edge.input.value = edges.source.length > 1500 ? 35 : 15;
     }
     this.draw();
+    if (fresh) this.frame.scrollLeft = this.frame.scrollWidth; // to the prediction
   }
 
   // The slider's place is a rank: every step hides as many nodes as the last, whatever the scale of influence is.
@@ -160,7 +184,7 @@ class Graph {
     this.count.textContent = `${this.shown.size} of ${nodes.length} nodes, ${this.drawn.length} of ${edges.source.length} edges`;
     this.place = layOut(this.data, this.shown, width - 2);
     this.buildNodes();
-    this.paint();
+    this.paintRest();
   }
 
   buildNodes() {
@@ -174,11 +198,11 @@ class Graph {
     this.stage.style.width = `${width}px`;
     const focused = this.root.getRootNode().activeElement?.dataset?.node;
     const parts = [];
+    const names = [];
     for (let row = 0; row < n_rows; row++) {
       const y = tops[row];
-      if (row % 2) parts.push(make("rect", { class: "stripe", x: 0, y, width, height: heights[row] }));
       const name = row === 0 ? "input" : row === n_rows - 1 ? "logits" : String(row - 1);
-      if (heights[row] > 12) parts.push(make("text", { class: "layer", x: 8, y: y + heights[row] / 2 + 4 }, row && row < n_rows - 1 ? `layer ${name}` : name));
+      names.push(make("text", { class: "layer", x: 8, y: y + heights[row] / 2 + 4 }, row && row < n_rows - 1 ? `layer ${name}` : name));
     }
     tokens.forEach((token, position) => {
       const middle = lefts[position] + widths[position] / 2;
@@ -196,10 +220,17 @@ class Graph {
       parts.push(group);
     }
     this.labels = make("g", { class: "labels", "aria-hidden": "true" });
-    this.svg.replaceChildren(...parts, this.labels);
+    this.layers = make("g", { class: "layers" }, names);
+    this.svg.replaceChildren(...parts, this.layers, this.labels);
+    this.keepLayers();
     const first = this.pinned ?? this.groups.keys().next().value;
     this.groups.get(first)?.setAttribute("tabindex", "0");
     if (focused !== undefined) this.groups.get(Number(focused))?.focus();
+  }
+
+  // The names of the layers stay in sight when a wide graph is scrolled.
+  keepLayers() {
+    this.layers.setAttribute("transform", `translate(${this.frame.scrollLeft} 0)`);
   }
 
   orderKey(i) {
@@ -215,7 +246,7 @@ class Graph {
       error: () => make("polygon", { points: `${x - size},${y} ${x},${y - size} ${x + size},${y} ${x},${y + size}` }),
       token: () => make("rect", { x: x - size, y: y - size, width: 2 * size, height: 2 * size }),
       position: () => make("rect", { x: x - 3, y: y - 3, width: 6, height: 6 }),
-      logit: () => make("rect", { x: x - 34, y: y - 8, width: 68, height: 16, rx: 2 }),
+      logit: () => make("rect", { x: x - 35, y: y - 13, width: 70, height: 27, rx: 2 }),
     }[node.kind]();
     const group = make(
       "g",
@@ -230,7 +261,7 @@ class Graph {
     );
     if (node.kind === "logit") {
       const room = node.label.length > 9 ? `${node.label.slice(0, 8)}…` : node.label;
-      group.append(make("text", { x, y: y + 4 }, room));
+      group.append(make("text", { x, y: y - 1 }, room), make("text", { class: "probability", x, y: y + 10 }, node.share));
     }
     group.addEventListener("pointerenter", () => this.hover(i));
     group.addEventListener("pointerleave", () => this.hover(null));
@@ -280,41 +311,61 @@ class Graph {
     this.paint();
   }
 
+  // Everything at rest, drawn once for each layout and colour scheme: pointing at a node then costs one copy of it and
+  // the node's own edges, however many there are.
+  paintRest() {
+    const { width, height, tops, heights } = this.place;
+    const scale = devicePixelRatio || 1;
+    for (const side of [this.canvas, this.rest]) {
+      side.width = Math.round(width * scale);
+      side.height = Math.round(height * scale);
+    }
+    const style = getComputedStyle(this.root);
+    this.colours = { plus: style.getPropertyValue("--positive"), minus: style.getPropertyValue("--negative") };
+    const stripes = this.canvas.getContext("2d");
+    stripes.setTransform(scale, 0, 0, scale, 0, 0);
+    this.stripes = () => {
+      stripes.globalAlpha = 0.55;
+      stripes.fillStyle = style.getPropertyValue("--panel");
+      for (let row = 1; row < heights.length; row += 2) stripes.fillRect(0, tops[row], width, heights[row]);
+    };
+    const pen = this.rest.getContext("2d");
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    for (const e of this.drawn) this.stroke(pen, e, 0.2 + 0.55 * Math.min(1, this.data.edges.share[e] * 1.5));
+    this.paint();
+  }
+
+  stroke(pen, e, alpha) {
+    const { edges, nodes } = this.data;
+    const from = this.place.places.get(edges.source[e]);
+    const to = this.place.places.get(edges.target[e]);
+    const minus = edges.weight[e] < 0;
+    const bend = Math.max(14, Math.abs(from.y - to.y) * 0.45);
+    const low = to.y + (nodes[edges.target[e]].kind === "logit" ? 14 : 4);
+    pen.globalAlpha = alpha;
+    pen.strokeStyle = minus ? this.colours.minus : this.colours.plus;
+    pen.lineWidth = 0.7 + 4 * Math.min(1, edges.share[e]);
+    pen.setLineDash(minus ? [5, 3] : []);
+    pen.beginPath();
+    pen.moveTo(from.x, from.y - 4);
+    pen.bezierCurveTo(from.x, from.y - bend, to.x, low + bend, to.x, low);
+    pen.stroke();
+  }
+
   paint() {
     const focus = this.hovered ?? this.pinned;
     const { edges, nodes } = this.data;
     const { width, height, places } = this.place;
-    const style = getComputedStyle(this.root);
-    const colours = { plus: style.getPropertyValue("--positive"), minus: style.getPropertyValue("--negative") };
-    const scale = devicePixelRatio || 1;
-    if (this.canvas.width !== Math.round(width * scale)) this.canvas.width = Math.round(width * scale);
-    if (this.canvas.height !== Math.round(height * scale)) this.canvas.height = Math.round(height * scale);
     const pen = this.canvas.getContext("2d");
-    pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, height);
-    const stroke = (e, alpha) => {
-      const [from, to] = [places.get(edges.source[e]), places.get(edges.target[e])];
-      const minus = edges.weight[e] < 0;
-      const bend = Math.max(14, Math.abs(from.y - to.y) * 0.45);
-      pen.globalAlpha = alpha;
-      pen.strokeStyle = minus ? colours.minus : colours.plus;
-      pen.lineWidth = 0.7 + 4 * Math.min(1, edges.share[e]);
-      pen.setLineDash(minus ? [5, 3] : []);
-      pen.beginPath();
-      pen.moveTo(from.x, from.y - 4);
-      pen.bezierCurveTo(from.x, from.y - bend, to.x, to.y + bend, to.x, to.y + 4);
-      pen.stroke();
-    };
+    this.stripes();
+    pen.globalAlpha = focus === null ? 1 : 0.12;
+    pen.drawImage(this.rest, 0, 0, width, height);
     const near = new Set([focus]);
-    if (focus === null) {
-      for (const e of this.drawn) stroke(e, 0.12 + 0.5 * Math.min(1, edges.share[e] * 1.5));
-    } else {
-      for (const e of this.drawn) if (edges.source[e] !== focus && edges.target[e] !== focus) stroke(e, 0.05);
-      for (const e of [...this.into[focus], ...this.out[focus]]) {
-        if (!this.shown.has(edges.source[e]) || !this.shown.has(edges.target[e])) continue;
-        stroke(e, 0.35 + 0.6 * Math.min(1, edges.share[e] * 2));
-        near.add(edges.source[e]).add(edges.target[e]);
-      }
+    for (const e of focus === null ? [] : [...this.into[focus], ...this.out[focus]]) {
+      if (!this.shown.has(edges.source[e]) || !this.shown.has(edges.target[e])) continue;
+      this.stroke(pen, e, 0.35 + 0.6 * Math.min(1, edges.share[e] * 2));
+      near.add(edges.source[e]).add(edges.target[e]);
     }
     for (const [i, group] of this.groups) {
       group.classList.toggle("far", focus !== null && !near.has(i));
@@ -370,9 +421,10 @@ class Graph {
       node.about ? make("div", { class: "about" }, node.about) : null,
       make("div", { class: "terms" }, ...terms([["value", node.value], ["influence", node.influence], ...node.numbers])),
       ...side("Inputs", this.into[i], "source"),
+      ...side("Outputs", this.out[i], "target"),
       ...(node.residue.length ? [make("h3", {}, "Residue"), make("div", { class: "terms" }, ...terms(node.residue))] : []),
       ...(node.heads.length ? [make("h3", {}, "Heads"), make("div", { class: "terms" }, ...terms(node.heads))] : []),
-      ...side("Outputs", this.out[i], "target"),
+      ...(node.direct.length ? [make("h3", {}, "Beside the heads"), make("div", { class: "terms" }, ...terms(node.direct))] : []),
     ].filter(Boolean);
   }
 

@@ -10,6 +10,7 @@ from dictlearn_app import links
 from dictlearn_app.graph_shares import edge_shares
 from dictlearn_app.token_text import visible
 from dictlearn_app.views.component import mount
+from dictlearn_app.views.numbers import percent
 
 from dictlearn.circuits.graph import AttributionGraph, Node
 
@@ -67,11 +68,13 @@ def node_payload(
         "where": layer + at,
         "short": (f"L{node.layer} " if node.layer is not None else "") + f"@{node.position}",
         "numbers": [] if node.probability is None else [["probability", node.probability]],
+        "share": "" if node.probability is None else percent(node.probability),
         "residue": [[name, value] for name, value in node.residue.items()],
         "heads": [
             [f"{term.layer}.{term.head} from {visible(graph.tokens[term.source_position])!r}", term.contribution]
             for term in node.heads
         ],
+        "direct": [[name, value] for name, value in node.direct.items()],
         "here": links.address(links.CircuitLink(graph=link.graph, node=node.id)),
         "page": links.address(page) if page else None,
     }
