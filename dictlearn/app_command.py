@@ -50,14 +50,32 @@ def run_app(config: AppConfig, workspace: Workspace) -> None:
     _refuse_taken_port(config)
     environment = os.environ | {WORKSPACE_VARIABLE: str(workspace.root)}
     process = subprocess.Popen(command, env=environment)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
         return
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _end(process)
     if code not in (0, -signal.SIGINT, -signal.SIGTERM):
         raise UserError(f"The app's server ended with exit code {code}; its own message stands above.")
+
+
+def _stop(number: int, frame: object) -> None:
+    """Unwind on SIGTERM, so that the server does not outlive us."""
+    raise SystemExit(128 + number)
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float = 10) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def app_command(config: AppConfig) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +44,32 @@ def test_the_server_listens_here_alone_and_reports_nothing() -> None:
     assert Path(command[4]).name == "main.py" and Path(command[4]).is_file()
     assert {"--server.address=127.0.0.1", "--server.port=1234", "--server.headless=true"} <= set(command)
     assert {"--browser.gatherUsageStats=false", "--server.showEmailPrompt=false"} <= set(command)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_server_ends_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dictlearn.cli", "app", "--no-browser", "--port", str(port), "--workspace", "."]
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    assert eventually(lambda: listens(port))
+    process.send_signal(number)
+    assert process.wait(timeout=20) in (0, 130, 128 + number)
+    assert eventually(lambda: not listens(port))
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+def eventually(claim: Callable[[], bool], seconds: float = 40) -> bool:
+    until = time.monotonic() + seconds
+    while not claim() and time.monotonic() < until:
+        time.sleep(0.1)
+    return claim()
 
 
 def test_the_app_needs_no_torch() -> None:
