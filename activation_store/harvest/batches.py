@@ -3,7 +3,9 @@
 Documents are taken in an order shuffled by the seed, each with a BOS token in front (when the model has one), and
 written one after the other as a single stream. The stream is cut into windows of ``context`` tokens and the windows
 into batches. A window may hold the end of one document and the beginning of the next: ``documents`` says which token
-is whose. BOS tokens and padding give no rows; they are counted.
+is whose. A window that begins inside a document gets a BOS of its own: models put their attention sink, with norms far
+from all others, at the first position, and it should hold a token that gives no row. BOS and padding give no rows; they
+are counted.
 
 Nothing here touches a model. Which rows a batch gives depends on its tokens alone, so the batch that holds any row can
 be found without computing those before it, and a batch is always computed whole: the last one is padded to full shape,
@@ -163,6 +165,8 @@ def plan_batches(
             f"The model's config names token {bos_token_id} as the beginning of a text, but its vocabulary has "
             f"{vocab_size} tokens; correct bos_token_id in its config.json."
         )
+    if bos_token_id is not None and context < 2:
+        raise UserError("A context of 1 token has room for BOS alone; use a context of at least 2.")
     order = permutation(len(documents), seed, "order of documents")
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     pieces, starts, ids = [], [], []
@@ -189,7 +193,23 @@ def plan_batches(
     if kept > rows:
         is_row = np.ones(len(stream), dtype=bool) if bos_token_id is None else stream != bos_token_id
         stream = stream[: np.flatnonzero(is_row)[rows - 1] + 1]
-    return BatchPlan(stream, np.array(starts, dtype=np.int64), ids, context, batch_size, bos_token_id)
+    first_tokens = np.array(starts, dtype=np.int64)
+    if bos_token_id is not None:
+        stream, first_tokens = _with_bos_at_window_starts(stream, first_tokens, context, bos_token_id)
+    return BatchPlan(stream, first_tokens, ids, context, batch_size, bos_token_id)
+
+
+def _with_bos_at_window_starts(
+    stream_T: np.ndarray, starts_D: np.ndarray, context: int, bos: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put a BOS wherever a window would begin with another token; the documents' starts move along."""
+    inserted, taken = [], 0
+    while taken < len(stream_T):
+        begins_with_bos = stream_T[taken] == bos
+        if not begins_with_bos:
+            inserted.append(taken)
+        taken += context if begins_with_bos else context - 1
+    return np.insert(stream_T, inserted, bos), starts_D + np.searchsorted(inserted, starts_D)
 
 
 def _groups(documents: list[Document]) -> Iterator[list[Document]]:

@@ -322,7 +322,8 @@ class Request:
                 wanted, provenance={**wanted.provenance, "versions": self.existing.provenance.get("versions")}
             )
         found = differences(self.existing.identity(), wanted.identity())
-        if found:
+        found.sort(key=lambda words: any(hash_ in words for hash_ in ("checksum", "fingerprint", "excluded")))
+        if found:  # what a person set comes first, what follows from it last
             more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
             raise UserError(
                 f"The store {self.config.store} was made otherwise: {'; '.join(found[:4])}{more}. "

@@ -74,7 +74,7 @@ def downstream_on_store(dictionary: Dictionary, store: Store, tokens: int, progr
     spec = resolve_model(record["model"]["name"])
     model = load_language_model(spec)
     hook_out = dictionary.provenance["hook_out"]
-    mean = torch.from_numpy(store.statistics(hook_out).mean).float().flatten()
+    mean = torch.tensor(store.statistics(hook_out).mean).float().flatten()
     bos = store.manifest.batches["bos_token_id"]
     with progress.task("running the spliced model", total=tokens, unit="tokens") as task:
 

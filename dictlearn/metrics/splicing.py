@@ -89,7 +89,7 @@ def _replace(
             flat = replacement(inputs.flatten(0, 1).to(torch.float32))
         replaced = flat.to(activation.dtype).reshape(activation.shape)
         if skips_first:
-            replaced[:, 0] = activation[:, 0]
+            replaced = torch.cat([activation[:, :1], replaced[:, 1:]], dim=1)
         return replaced
 
     return hook_function

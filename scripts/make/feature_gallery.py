@@ -32,7 +32,7 @@ def gallery(index: FeatureIndex) -> str:
     parts = [
         "# Ten features a reader recognises\n\n"
         f"From the index of `{index.path.stem}` on the bundled language model, written by\n"
-        "`scripts/make/feature_gallery.py` (which says how they were chosen). The token of each example is in ⟦brackets⟧.\n"
+        "`scripts/make/feature_gallery.py` (which says how they were chosen). Each example's token is in ⟦brackets⟧.\n"
         "Precision: the share of the latent's summed activation that falls on the pattern. Recall: the share of\n"
         "the pattern's occurrences in which it fired. Both on held-out documents.\n"
     ]

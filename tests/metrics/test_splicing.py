@@ -123,6 +123,22 @@ def test_heads_are_one_vector_to_a_dictionary(model, tokens):
     assert shapes == [(20, z.shape[2] * z.shape[3])]
 
 
+def test_mean_ablation_leaves_bos_alone_and_puts_the_mean_everywhere_else(model, tokens):
+    dictionary = random_topk(24, hook_in=RESID, hook_out=RESID)
+    mean = torch.arange(24.0)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    got = measure_downstream(model, dictionary, RESID, mean, [(tokens, real)], skip_first=True)
+
+    def by_hand(activation, hook):
+        changed = activation.clone()
+        changed[:, 1:] = mean
+        return changed
+
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(RESID, by_hand)])
+    logp = logits[:, :-1].double().log_softmax(-1).gather(2, tokens[:, 1:, None])
+    assert got.ce_mean_ablated == pytest.approx(-float(logp.mean()), rel=1e-6)
+
+
 def test_downstream_loss_by_hand(model, tokens):
     """Cross-entropies and KL recomputed from logits; a perfect splice recovers all of the loss, zero ablation none."""
     dictionary = random_topk(24, hook_in=RESID, hook_out=RESID)

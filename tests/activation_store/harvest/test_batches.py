@@ -48,7 +48,7 @@ corpora = st.lists(st.text("abcdefgh_", max_size=12), min_size=1, max_size=12).f
     lambda t: any(set(x) - {"_"} for x in t)
 )
 shapes = dict(
-    context=st.integers(1, 9), batch_size=st.integers(1, 4), seed=st.integers(0, 9), bos=st.sampled_from([BOS, None])
+    context=st.integers(2, 9), batch_size=st.integers(1, 4), seed=st.integers(0, 9), bos=st.sampled_from([BOS, None])
 )
 
 
@@ -57,7 +57,12 @@ shapes = dict(
 def test_every_token_is_in_one_place_and_every_place_is_counted(texts, context, batch_size, seed, bos):
     plan = plan_of(texts, context=context, batch_size=batch_size, seed=seed, bos=bos)
     front = [] if bos is None else [bos]
-    stream = [token for identity in plan.document_ids for token in front + tokenize([texts[int(identity)]])[0]]
+    stream: list[int] = []
+    for identity in plan.document_ids:
+        for token in front + tokenize([texts[int(identity)]])[0]:
+            if bos is not None and token != bos and len(stream) % context == 0:
+                stream.append(bos)  # a window that begins inside a document
+            stream.append(token)
     assert sorted(plan.document_ids) == sorted(str(number) for number in range(len(texts)))
 
     computed = np.concatenate([plan.batch(index).tokens_BC for index in range(plan.batches)])
@@ -108,6 +113,14 @@ def test_it_stops_at_exactly_the_rows_asked_for(texts, rows, context, batch_size
     assert part.rows + sum(part.excluded.values()) == part.batches * batch_size * context
 
 
+def test_every_window_begins_with_bos_and_none_is_doubled_for_it():
+    """A window that begins where a document does has the document's BOS already."""
+    plan = plan_of(["abcd", "abcd", "abcdefgh"], context=5, batch_size=1)
+    windows = np.concatenate([plan.batch(index).tokens_BC for index in range(plan.batches)])
+    assert (windows[:, 0] == BOS).all()
+    assert plan.excluded["bos"] == len(windows)
+
+
 def test_kept_places_point_at_the_tokens_of_the_batch():
     plan = plan_of(["abc", "defgh", "a_b"])
     for index in range(plan.batches):
@@ -128,7 +141,7 @@ def test_the_plan_is_pinned():
     assert plan_of(["abc", "defgh", "a_b", "hgf"], seed=3).fingerprint == PINNED
 
 
-PINNED = "sha256:1447d7315eff0d6fe4c0fa34661c5ee56c1277d4441e916f8e7bf8d165a98d6f"
+PINNED = "sha256:ad44fae258f8ab5a62af75c380fb47ddbde494e3047295a34a90ee0b87510cae"
 
 
 def test_the_fingerprint_sees_every_setting():
@@ -180,6 +193,11 @@ def test_a_bos_outside_the_vocabulary_is_refused():
         plan_batches(
             [Document("0", "h")], tokenize, rows=9, context=5, batch_size=2, seed=0, bos_token_id=50256, vocab_size=97
         )
+
+
+def test_a_context_with_room_for_bos_alone_is_refused():
+    with pytest.raises(UserError, match="use a context of at least 2"):
+        plan_of(["abc"], context=1)
 
 
 def test_a_corpus_without_tokens_is_refused():
