@@ -205,7 +205,7 @@ def _describe(
         found["latents/total"][latent] = its_values.sum(dtype=np.float64)
         found["latents/peak_row"][latent] = its_rows[int(magnitudes.argmax())]
         found["latents/quantiles"][latent] = in_order[quantile_entries(len(in_order))]
-        found["latents/histogram"][latent] = _histogram(in_order, edges)
+        found["latents/histogram"][latent] = in_bins(in_order, edges)
         token, share = _top_token(texts.tokens_of(its_rows), magnitudes, texts.vocabulary)
         found["latents/top_token"][latent], found["latents/top_token_share"][latent] = token, share
     return found
@@ -217,7 +217,7 @@ def quantile_entries(n: int) -> np.ndarray:
     return np.maximum(np.ceil(np.array(QUANTILE_LEVELS) * n - 1e-9).astype(np.int64) - 1, 0)
 
 
-def _histogram(in_order: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def in_bins(in_order: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """How many of the ascending values lie between consecutive edges; the last bin includes its upper edge."""
     inner = np.searchsorted(in_order, edges[1:-1], side="left")
     return np.diff(np.concatenate([[0], inner, [len(in_order)]]))

@@ -192,6 +192,13 @@ def test_text_is_copied_whole(made: Made) -> None:
     np.testing.assert_array_equal(held_out, expected)
 
 
+@given(st.lists(st.sampled_from([-2.0, -1.0, -0.5, 0.25, 0.5, 1.0, 1.5, 2.0]), min_size=1, max_size=30))
+def test_values_on_an_edge_are_counted_where_numpy_counts_them(values: list[float]) -> None:
+    edges = np.array([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])
+    in_order = np.sort(np.array(values, dtype=np.float32))
+    np.testing.assert_array_equal(transpose.in_bins(in_order, edges), np.histogram(in_order, edges)[0])
+
+
 def test_ranges_cover_the_latents_and_fit() -> None:
     counts = np.array([5, 0, 9, 1, 1, 1, 10, 0, 3])
     memory = 2 * 10 * transpose.BYTES_PER_ACTIVATION
