@@ -28,7 +28,8 @@ The baselines are not decoration. A head's code count grows with how diverse its
 same SAE without training, k-means, and labels that mean nothing show how much of a good AUC is that. How far an output
 moves on average (`mean_difference`, and in units of its spread) and whether it tells the classes apart (`probe_scores`)
 are cheaper and need no codes.
-What was measured stands in the script's docstring.
+What was measured is in the script's docstring: planted heads are found, better by the SAE that was not trained; in
+models, no AUC of the method could be told from that of shuffled labels.
 
 Legend: N pairs (positive n and negative n belong together), H heads, D width, R rows (examples x heads), K codes.
 """

@@ -7,9 +7,34 @@
 
 Prints, for each truth, the ROC AUC with which every method ranks the heads that matter, as mean and 95 % interval over
 seeds. The truth of a planted task is given; that of a model is measured by ablating, and by patching, one head at a
-time on prompts that no method sees (dictlearn/circuits/head_outputs.py; its threshold was fixed beforehand). What
-varies over seeds: in `planted` everything; in `small` the model too; otherwise the prompts scored, the SAE and the
-shuffle, so that the interval says nothing about other models.
+time, on prompts drawn apart from those that are scored (dictlearn/circuits/head_outputs.py; its threshold was fixed
+beforehand). What varies over seeds: in `planted` everything; in `small` the model too; otherwise the prompts scored,
+the SAE and the shuffle, so that the interval says nothing about other models.
+
+What came out (defaults; planted takes 15 s of one core, small 95 s, bundled 50 s). AUC of node scores; in brackets, the
+same with labels that mean nothing. Nothing was tuned, and the tasks were chosen by what the models can do.
+
+                                  SAE          as released   untrained    mean difference  linear probe
+                                  (shuffled)   (shuffled)                 (shuffled)
+    planted, shifted              0.70 (0.43)  0.82 (0.54)   0.95         1.00 (0.47)      1.00
+    planted, equal-means          0.77 (0.51)  0.79 (0.43)   0.92         0.48 (0.58)      0.44
+    planted, diverse-positives    0.63 (0.44)  0.77 (0.54)   0.77         0.80 (0.52)      1.00
+    small, ablation               0.65 (0.69)  0.79 (0.70)   0.71         0.74 (0.76)      0.48
+    small, patching               0.84 (0.82)  0.93 (0.89)   0.87         0.93 (0.93)      0.40
+    bundled return, ablation      0.50 (0.50)  0.66 (0.70)   0.63         0.69 (0.68)      0.57
+    bundled return, patching      0.38 (0.37)  0.70 (0.78)   0.79         0.98 (0.90)      0.80
+    bundled assign, ablation      0.38 (0.37)  0.76 (0.78)   0.67         0.77 (0.79)      0.60
+    bundled assign, patching      0.39 (0.36)  0.93 (0.93)   0.80         0.92 (0.91)      0.75
+
+- Where the answer is planted, codes do find heads, even where no mean moves, so that means and probes see nothing. But
+  the SAE (as mended) is better before training than after it: by 0.26 ± 0.11, 0.15 ± 0.13 and 0.14 ± 0.10.
+- In models, none of these AUCs of the method could be told from its own null, neither as mended nor as released. 0.93 is
+  as good as what was published, and shuffled labels reach 0.93 too: heads that write large or varied vectors tend to
+  matter here, and have more codes whatever the labels say. Whether the published results for GPT-2 would pass the same
+  null was not measured here; without it an AUC cannot be read.
+- In models the mean difference ranks as well or better and costs nothing, and most of that too is the size of what a
+  head writes (0.98 against 0.90 at best). Patching favours it: a head that does the same in both classes leaves nothing
+  to patch.
 """
 
 from __future__ import annotations
@@ -42,6 +67,7 @@ from dictlearn.terminal import TerminalProgress, print_error, print_line, print_
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
 FEWEST_SEEDS = 5
 TRUTH_PAIRS = 100
 """Pairs of prompts on which heads' effects are measured."""
@@ -241,7 +267,7 @@ def print_aucs(truth: str, aucs: dict[tuple[str, str], list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = [f"planted: {', '.join(PLANTED)}", f"language models: {', '.join(TEXT_TASKS)}"]
+    tasks = [f"planted: {', '.join(PLANTED)} (default equal-means)", f"language models: {', '.join(TEXT_TASKS)}"]
     parser.add_argument(
         "--model", default="bundled", help="planted, small, bundled, a Hugging Face folder or a hub name"
     )
