@@ -28,7 +28,7 @@ same with labels that mean nothing. Nothing was tuned, and the tasks were chosen
 
 - Where the answer is planted, codes do find heads, even where no mean moves, so that means and probes see nothing. But
   the SAE (as mended) is better before training than after it: by 0.26 ± 0.11, 0.15 ± 0.13 and 0.14 ± 0.10.
-- In models, none of these AUCs of the method could be told from its own null, neither as mended nor as released. 0.93 is
+- In models, none of these AUCs of the method could be told from its own null, as mended or as released. 0.93 is
   as good as what was published, and shuffled labels reach 0.93 too: heads that write large or varied vectors tend to
   matter here, and have more codes whatever the labels say. Whether the published results for GPT-2 would pass the same
   null was not measured here; without it an AUC cannot be read.
