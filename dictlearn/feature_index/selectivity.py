@@ -6,8 +6,8 @@ The rule, for every latent that is neither rare nor dense:
    each, the token that carries most of the latent's |activation| over *training* rows is its guess.
 2. A guess is scored by precision (the share of the latent's summed |activation| on rows that match), recall (the share
    of matching rows in which the latent fired) and their harmonic mean. The best on training rows is kept.
-3. Latents are listed by that training score, one for each pattern. Precision and recall are given on *held-out* rows,
-   which chose nothing, so a latent that looks selective by luck shows it there.
+3. Latents are listed by that training score, one for each pattern. A latent that scores less than half of it on
+   *held-out* rows is left out: its pattern was that of a document or two. Precision and recall are the held-out ones.
 
 What this cannot see: features of a longer context (inside a docstring), or of many tokens at once. Those a person finds
 by looking.
@@ -80,15 +80,21 @@ def recognisable(
             if token < 0:
                 continue
             precision, recall = _score(there[~test], weights[~test], token, occurs[0])
-            score = 2 * precision * recall / (precision + recall)
+            score = _harmonic_mean(precision, recall)
             if latent not in found or score > found[latent].score:
                 precision, recall = _score(there[test], weights[test], token, occurs[1])
                 text = index.token_text(token)
                 found[latent] = Selective(latent, offset, text, token, score, precision, recall, len(rows))
     listed: dict[tuple[int, int], Selective] = {}
     for selective in sorted(found.values(), key=lambda one: (-one.score, one.latent)):
+        if _harmonic_mean(selective.precision, selective.recall) < selective.score / 2:
+            continue
         listed.setdefault((selective.offset, selective.token_id), selective)
     return list(listed.values())[:limit]
+
+
+def _harmonic_mean(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _shifted(index: FeatureIndex, tokens: np.ndarray, offset: int) -> np.ndarray:

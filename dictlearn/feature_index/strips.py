@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 24, 10
 """Tokens of a strip before and after its peak: what a reader takes in at a glance on one line or two."""
 
+ALIKE_BEFORE, ALIKE_AFTER = 8, 4
+"""Two examples are the same text when these many tokens around their peaks are: source code is full of passages that
+differ only further out, and twenty of them teach a reader no more than one."""
+
 LOOKED_AT_PER_EXAMPLE = 20
 """Candidates looked at for each example wanted, before a band gives up finding one with another text."""
 
@@ -37,7 +41,7 @@ class TokenStrip:
             the document's text, but were in another window.
         document, split: id of the document, and "train" or "held-out".
         begins_document, ends_document: whether the strip reaches the document's first or last row.
-        copies: further candidates for this place whose strip is the same text; they are not shown.
+        copies: further candidates for this place with the same text around the peak; they are not shown.
     """
 
     tokens: tuple[str, ...]
@@ -129,8 +133,8 @@ class StripCutter:
     def choose(self, candidates: np.ndarray, wanted: int) -> tuple[tuple[TokenStrip, ...], int, int]:
         """Strips for up to ``wanted`` of the candidate entries, in order, no two alike.
 
-        A candidate is passed over when its strip is the same text with the same peak as one already chosen, or when its
-        token already stands in the strip of one already chosen. Returns the strips and how many were passed over for
+        A candidate is passed over when the text around it (`ALIKE_BEFORE`, `ALIKE_AFTER`) is that of one chosen before,
+        or when its token stands in the strip of one chosen before. Returns the strips and how many were passed over for
         either reason.
         """
         chosen: dict[tuple[int, bytes], list[int]] = {}
@@ -138,11 +142,12 @@ class StripCutter:
         same_text = overlapping = 0
         for entry in candidates.tolist():
             row = int(self.rows[entry])
-            if any(first <= row < stop for first, stop in covered):
+            if any(begin <= row < end for begin, end in covered):
                 overlapping += 1
                 continue
             start, stop, _ = self.bounds(row)
-            key = (row - start, self.index.read("text/token_ids", start, stop).tobytes())
+            first, last = max(start, row - ALIKE_BEFORE), min(stop, row + ALIKE_AFTER + 1)
+            key = (row - first, self.index.read("text/token_ids", first, last).tobytes())
             if key in chosen:
                 chosen[key][1] += 1
                 same_text += 1

@@ -9,6 +9,7 @@ import pytest
 
 from activation_store.errors import UserError
 from dictlearn.feature_index.read import FeaturePage, feature_page
+from dictlearn.feature_index.strips import StripCutter
 
 from .conftest import CONTEXT, Made, make_index
 
@@ -128,6 +129,23 @@ def test_the_same_text_is_shown_once_and_counted(tmp_path) -> None:
             )  # whole documents: a second peak is in the first strip
             found += band.same_text
     assert found > 20
+
+
+def test_text_that_differs_only_far_from_the_peak_is_the_same_text(made: Made) -> None:
+    index = made.index
+    rows = np.array([30, 120, 160, 240])  # each in the midst of a document
+    cut = StripCutter(index, rows, np.ones(len(rows), dtype=np.float32), before=24, after=10)
+    tokens = index.read("text/token_ids", 0, index.rows).copy()
+    index._files["text/token_ids/c.0"], kept = tokens, index._files["text/token_ids/c.0"]
+    try:
+        tokens[120 - 8 : 120 + 5] = tokens[240 - 8 : 240 + 5]
+        strips, same_text, _ = cut.choose(np.arange(len(rows)), len(rows))
+        assert same_text == 1
+        assert [(strip.row, strip.copies) for strip in strips] == [(30, 0), (120, 1), (160, 0)]
+        tokens[120 + 4] += 1
+        assert cut.choose(np.arange(len(rows)), len(rows))[1] == 0
+    finally:
+        index._files["text/token_ids/c.0"] = kept
 
 
 def test_numbers_of_the_header(made: Made) -> None:

@@ -31,6 +31,7 @@ def test_scores_are_those_of_the_dense_activations(long: Made) -> None:
         precision = values[matches & ~held_out].sum() / values[~held_out].sum()
         recall = (values != 0)[matches & ~held_out].sum() / (matches & ~held_out).sum()
         assert one.score == pytest.approx(2 * precision * recall / (precision + recall), rel=1e-5)
+        assert 2 * one.precision * one.recall / (one.precision + one.recall) >= one.score / 2
         assert one.token == long.index.token_text(one.token_id) and repr(one.token) in one.pattern
 
 
