@@ -8,15 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 from dictlearn_app import links
 
-from dictlearn.feature_index.read import FeatureIndex, FeatureTable, StripCutter, TokenStrip
+from dictlearn.feature_index.read import FeatureIndex, FeatureTable, TokenStrip
+from dictlearn.feature_index.selectivity import Selective
+from dictlearn.feature_index.strips import StripCutter
 
 PAGE_SIZE = 100
 DEFAULT_SORT = "maximum"
 BEFORE, AFTER = 14, 6
 """Tokens of an example: what a table has room for."""
 
-SHOWN: dict[str, bool | None] = {"that fired": True, "all": None, "that never fired": False}
+SHOWN: dict[str, bool | None] = {"that fired": True, "recognisable": True, "all": None, "that never fired": False}
 """The choices of the page -> what `FeatureTable.where` is asked; the first is the default."""
+
+RECOGNISABLE = "recognisable"
+"""The choice that keeps what one token explains, best first: `dictlearn.feature_index.selectivity`."""
+
+MOST_ACTIVATIONS = 40_000_000
+"""In an index of more, finding the recognisable latents takes longer than a page may: it is not offered."""
+
+MOST_DENSITY = 0.05
+"""A latent that fires more often is not what a page opens with: the largest activations tend to be dense ones'."""
 
 COLUMNS: tuple[tuple[str | None, str, str, str], ...] = (
     ("latent", "latent", "", ""),
@@ -51,7 +62,8 @@ class FeatureList:
         first: number, from 1, of the first on this page.
         page, pages: from 1.
         pager: what each link to another page says, and the page it opens.
-        sort, descending: the order, as the address asked or by default.
+        sort, descending: the order, as the address asked or by default; "" for that of ``patterns``.
+        patterns: latent -> the token that explains it, where the address asks for recognisable latents.
     """
 
     index: str
@@ -66,15 +78,24 @@ class FeatureList:
     pager: list[tuple[str, int]]
     sort: str
     descending: bool
+    patterns: Mapping[int, Selective]
 
 
-def feature_list(table: FeatureTable, link: links.FeaturesLink, notes: Mapping[int, str]) -> FeatureList:
+def feature_list(
+    table: FeatureTable,
+    link: links.FeaturesLink,
+    notes: Mapping[int, str],
+    patterns: Mapping[int, Selective] | None = None,
+) -> FeatureList:
     """The page of latents that a link asks for; what it asks beyond the ends is the nearest there is."""
     fits = filtered(table, link, notes)
     sortable = {name for name, *_ in COLUMNS if name}
     sort = link.sort if link.sort in sortable else DEFAULT_SORT
     descending = not link.ascending
-    ordered = fits.sorted_by(sort, descending)
+    if patterns is not None:
+        fits = fits.take(np.isin(fits.latent, list(patterns)))
+        sort = link.sort if link.sort in sortable else ""
+    ordered = fits.sorted_by(sort, descending) if sort else in_order(fits, patterns or {})
     pages = max(1, -(-len(ordered) // PAGE_SIZE))
     page = max(1, min(link.page, pages))
     first = (page - 1) * PAGE_SIZE
@@ -92,7 +113,14 @@ def feature_list(table: FeatureTable, link: links.FeaturesLink, notes: Mapping[i
         pager=pager(page, pages),
         sort=sort,
         descending=descending,
+        patterns=patterns or {},
     )
+
+
+def in_order(table: FeatureTable, patterns: Mapping[int, Selective]) -> FeatureTable:
+    """The latents in the order in which ``patterns`` names them."""
+    place = {latent: i for i, latent in enumerate(patterns)}
+    return table.take(np.argsort([place[latent] for latent in table.latent.tolist()], kind="stable"))
 
 
 def strongest_examples(index: FeatureIndex, table: FeatureTable) -> list[TokenStrip | None]:
@@ -149,5 +177,6 @@ def pager(page: int, pages: int) -> list[tuple[str, int]]:
 
 
 def first_latent(table: FeatureTable) -> int:
-    """The latent that a page shows when none is asked for: the first of the table in its default order."""
-    return int(table.sorted_by(DEFAULT_SORT).latent[0])
+    """What a page shows when no latent is asked for: the one that fires strongest, of those that are not dense."""
+    sparse = table.where(fired=True, at_most={"density": MOST_DENSITY})
+    return int((sparse if len(sparse) else table).sorted_by(DEFAULT_SORT).latent[0])

@@ -21,12 +21,13 @@ from activation_store.store import Store, open_store
 from dictlearn.app_command import WORKSPACE_VARIABLE
 from dictlearn.circuits import graph as graphs
 from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS
-from dictlearn.feature_index import command
+from dictlearn.feature_index import command, selectivity
 from dictlearn.feature_index.read import FeatureIndex, open_index
 from dictlearn.workspace import Workspace
 
 if TYPE_CHECKING:
     from dictlearn.circuits.graph import AttributionGraph
+    from dictlearn.feature_index.selectivity import Selective
 
 
 def workspace() -> Workspace:
@@ -68,6 +69,12 @@ def index(name: str) -> FeatureIndex:
     return _index(path, stamp(path / METADATA_FILE))
 
 
+def recognisable(name: str) -> dict[int, Selective]:
+    """Latents that one token explains, best first. Reads every activation once for each index."""
+    path = workspace().existing_index(name)
+    return _recognisable(path, stamp(path / METADATA_FILE))
+
+
 def stale(opened: FeatureIndex) -> list[str]:
     """What is no longer as it was when the index was made, a sentence each."""
     return indexes.stale(opened.manifest, lambda name: store(name).fingerprint, dictionary_fingerprint)
@@ -106,6 +113,11 @@ def _run(folder: Path, stamped: tuple[int, ...]) -> RunHistory:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _index(path: Path, stamped: tuple[int, ...]) -> FeatureIndex:
     return open_index(path)
+
+
+@st.cache_data(max_entries=8, show_spinner="looking at every activation")
+def _recognisable(path: Path, stamped: tuple[int, ...]) -> dict[int, Selective]:
+    return {found.latent: found for found in selectivity.recognisable(_index(path, stamped), limit=200)}
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

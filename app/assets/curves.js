@@ -8,6 +8,7 @@ function scaleY(panel, values) {
   const log = panel.log && low > 0 && high / low > 3;
   if (log) [low, high] = [Math.log10(low), Math.log10(high)];
   if (!panel.log && low > 0 && low < high * 0.35) low = 0;
+  if (high === low && low === 0) high = 1;
   if (high === low) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
   const y = (value) => HEIGHT - BOTTOM - (((log ? Math.log10(value) : value) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   let marks;

@@ -12,7 +12,7 @@ function make(tag, attributes = {}, ...children) {
     if (name === "vars") for (const [key, inner] of Object.entries(value)) node.style.setProperty(key, inner);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  for (const child of children.flat()) {
+  for (const child of children.flat(2)) {
     if (child === undefined || child === null || child === "") continue;
     node.append(child instanceof Node ? child : document.createTextNode(String(child)));
   }

@@ -150,6 +150,7 @@ class Graph {
     this.pinned = this.number.has(this.data.pinned) ? this.number.get(this.data.pinned) : null;
     if (fresh) {
       this.hovered = null;
+      this.largest = Math.max(1e-12, ...nodes.filter((node) => node.kind === "feature" || node.kind === "error").map((node) => node.influence));
       this.influences = nodes.map((node) => node.influence).sort((a, b) => a - b);
       this.least.input.value = nodes.length > 400 ? 60 : 0;
       this.edge.input.value = edges.source.length > 1500 ? 35 : 15;
@@ -240,7 +241,7 @@ class Graph {
 
   nodeNode(i, { x, y }) {
     const node = this.data.nodes[i];
-    const size = 3 + 3.2 * Math.sqrt(Math.min(1, Math.max(0, node.influence)));
+    const size = 3 + 3.4 * Math.sqrt(Math.min(1, Math.max(0, node.influence) / this.largest));
     const shape = {
       feature: () => make("circle", { cx: x, cy: y, r: size }),
       error: () => make("polygon", { points: `${x - size},${y} ${x},${y - size} ${x + size},${y} ${x},${y + size}` }),
@@ -401,7 +402,7 @@ class Graph {
     return [
       make("p", { class: "muted help" }, "Point at a node to see what goes into it and out of it. Click to pin it; click it again to open its feature page. Arrow keys move, Enter pins, Escape lets go."),
       make("h3", {}, "Most influential features"),
-      this.list(features.map(([node, i]) => ({ i, value: node.influence, part: node.influence }))),
+      this.list(features.map(([node, i]) => ({ i, value: node.influence, part: node.influence / this.largest }))),
     ];
   }
 

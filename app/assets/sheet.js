@@ -134,21 +134,22 @@ function stripCell(root, strip) {
   return line;
 }
 
+function contentOf(root, data) {
+  if (data.strip) return stripCell(root, data.strip);
+  if (data.parts) return parts(data.parts);
+  if (data.code) return [make("code", {}, data.code), copyButton(data.code)];
+  if (!data.tokens) return String(data.text ?? "");
+  const before = data.before ? make("span", { class: "note" }, `${data.before} `) : null;
+  return [before, ...data.tokens.map((token) => make("span", { class: "token", title: token }, token))];
+}
+
 function cell(root, column, row, value, position) {
   const data = value !== null && typeof value === "object" ? value : { text: value };
   const href = data.href || (position === 0 ? row.href : null);
   const classes = [column.align, column.mono || data.mono ? "mono" : "", column.muted ? "muted" : "", data.tone]
     .filter(Boolean)
     .join(" ");
-  const content = data.strip
-    ? stripCell(root, data.strip)
-    : data.tokens
-    ? data.tokens.map((token) => make("span", { class: "token" }, token))
-    : data.parts
-      ? parts(data.parts)
-      : data.code
-        ? [make("code", {}, data.code), copyButton(data.code)]
-        : String(data.text ?? "");
+  const content = contentOf(root, data);
   const tag = position === 0 ? "th" : "td";
   const node = make(
     tag,

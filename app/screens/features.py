@@ -8,7 +8,15 @@ from typing import Any
 
 import streamlit as st
 from dictlearn_app import links, loading, router
-from dictlearn_app.feature_list import COLUMNS, SHOWN, FeatureList, feature_list, strongest_examples
+from dictlearn_app.feature_list import (
+    COLUMNS,
+    MOST_ACTIVATIONS,
+    RECOGNISABLE,
+    SHOWN,
+    FeatureList,
+    feature_list,
+    strongest_examples,
+)
 from dictlearn_app.token_text import visible
 from dictlearn_app.views import controls
 from dictlearn_app.views.notices import choose_one, refuse
@@ -18,6 +26,9 @@ from dictlearn_app.views.strips import strip
 
 from activation_store.errors import UserError
 from dictlearn.feature_index.read import FeatureIndex, TokenStrip
+
+PLACES = {0: "", -1: "after", -2: "two after"}
+"""How a pattern's place is written."""
 
 
 def draw() -> None:
@@ -32,15 +43,17 @@ def draw() -> None:
         made = index.manifest.made_from
         notes = loading.notes().of_run(made.run, made.dictionary_fingerprint)
         sheet([about(index), numbers(index), *map(hint, loading.stale(index))], "features.about")
-        controls_of(link, names)
-        listed = feature_list(index.table(), link, notes)
+        shown = [one for one in SHOWN if one != RECOGNISABLE or index.manifest.sizes.N <= MOST_ACTIVATIONS]
+        controls_of(link, names, shown)
+        patterns = loading.recognisable(name) if link.show == RECOGNISABLE and RECOGNISABLE in shown else None
+        listed = feature_list(index.table(), link, notes, patterns)
         sheet(blocks(listed, strongest_examples(index, listed.table), link, notes), "features.table")
     except UserError as error:
         controls.choice("Index", names, name, lambda name: links.FeaturesLink(index=name), "features.other")
         refuse(error, "features.error")
 
 
-def controls_of(link: links.FeaturesLink, names: list[str]) -> None:
+def controls_of(link: links.FeaturesLink, names: list[str], shown: list[str]) -> None:
     """The widgets that rewrite the address."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         if len(names) > 1:
@@ -56,9 +69,9 @@ def controls_of(link: links.FeaturesLink, names: list[str]) -> None:
         )
         controls.choice(
             "Show",
-            list(SHOWN),
-            link.show or next(iter(SHOWN)),
-            lambda show: replace(link, show="" if show == next(iter(SHOWN)) else show, page=1),
+            shown,
+            link.show if link.show in shown else shown[0],
+            lambda show: replace(link, show="" if show == shown[0] else show, sort="", page=1),
             "features.show",
             width=170,
         )
@@ -132,7 +145,7 @@ def cells(listed: FeatureList, i: int, example: TokenStrip | None, notes: Mappin
     note = notes.get(latent, "")
     return [
         str(latent),
-        {"tokens": [table.top_token[i]], "title": f"{percent(float(table.top_token_share[i]))} of its activation"},
+        fires_on(listed, i),
         {"strip": compact(example)},
         {"text": percent(float(table.density[i])), "bar": float(listed.density_bar[i])},
         {"text": short(float(table.maximum[i])), "bar": float(listed.maximum_bar[i])},
@@ -143,6 +156,16 @@ def cells(listed: FeatureList, i: int, example: TokenStrip | None, notes: Mappin
         other(int(table.coactive[i]), float(table.coactive_jaccard[i]), link_index=listed.index),
         {"text": visible(note), "tone": "note-cell"},
     ]
+
+
+def fires_on(listed: FeatureList, i: int) -> Cell:
+    """The token with most of its activation; among recognisable latents, the pattern that explains it."""
+    pattern = listed.patterns.get(int(listed.table.latent[i]))
+    if pattern is None:
+        share = percent(float(listed.table.top_token_share[i]))
+        return {"tokens": [listed.table.top_token[i]], "title": f"{share} of its activation"}
+    measured = f"precision {pattern.precision:.2f}, recall {pattern.recall:.2f} on held-out rows"
+    return {"before": PLACES[pattern.offset], "tokens": [pattern.token], "title": measured}
 
 
 def compact(example: TokenStrip) -> dict[str, Any]:

@@ -39,11 +39,11 @@ CHROMIUM_FLAGS = (
 )
 READY = {
     "home": "table, .command",
-    "store": ".t",
-    "runs": ".panels",
-    "features": "table",
-    "feature": ".strip",
-    "circuit": ".stage",
+    "store": ".t, .command",
+    "runs": ".panels, .command",
+    "features": "table, .command",
+    "feature": ".strip, .command",
+    "circuit": ".stage, .command",
 }
 """What is there when a page has been drawn."""
 

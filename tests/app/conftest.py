@@ -197,8 +197,9 @@ def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path
 
 @pytest.fixture(scope="session")
 def browser(chromium: Path) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=15_000)  # a busy machine is no fault of a page
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=str(chromium), args=list(BROWSER_FLAGS))
         yield opened

@@ -91,15 +91,14 @@ def test_a_name_that_is_not_there_is_said(tab: Any) -> None:
 
 def test_arrow_keys_step_through_features(tab: Any) -> None:
     tab.show("feature?index=sae&latent=5")
-    tab.locator(".strip").first.wait_for()
-    tab.locator("[data-test-script-state=notRunning]").wait_for()
-    tab.keyboard.press("ArrowRight")
-    expect(tab.get_by_role("heading", name="Latent 6", exact=True)).to_be_visible()
-    expect(tab).to_have_url(re.compile(r"latent=6$"))
-    expect(tab.get_by_label("Latent", exact=True)).to_have_value("6")
-    tab.locator("[data-test-script-state=notRunning]").wait_for()
-    tab.keyboard.press("ArrowLeft")
-    expect(tab.get_by_role("heading", name="Latent 5", exact=True)).to_be_visible()
+    for key, latent in (("ArrowRight", 6), ("ArrowRight", 7), ("ArrowLeft", 6)):
+        tab.locator(".strip").first.wait_for()
+        tab.locator("[data-test-script-state=notRunning]").wait_for()
+        tab.wait_for_timeout(500)  # Streamlit listens for shortcuts a moment after it has drawn their buttons
+        tab.keyboard.press(key)
+        expect(tab.get_by_role("heading", name=f"Latent {latent}", exact=True)).to_be_visible()
+        expect(tab).to_have_url(re.compile(f"latent={latent}$"))
+        expect(tab.get_by_label("Latent", exact=True)).to_have_value(str(latent))
 
 
 def test_strips_are_walked_and_opened_by_keyboard(tab: Any) -> None:

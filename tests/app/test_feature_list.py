@@ -7,9 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dictlearn_app import links
-from dictlearn_app.feature_list import PAGE_SIZE, feature_list, log_part, pager, strongest_examples
+from dictlearn_app.feature_list import (
+    MOST_DENSITY,
+    PAGE_SIZE,
+    feature_list,
+    first_latent,
+    log_part,
+    pager,
+    strongest_examples,
+)
 
 from dictlearn.feature_index.read import FeatureIndex, open_index
+from dictlearn.feature_index.selectivity import recognisable
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +81,20 @@ def test_bars_of_densities_are_logarithmic() -> None:
 def test_the_pager_leads_to_the_ends_and_the_neighbours() -> None:
     assert [number for _, number in pager(10, 50)] == [1, 7, 8, 9, 10, 11, 12, 13, 50]
     assert pager(1, 1) == []
+
+
+def test_recognisable_latents_come_best_first_and_can_be_sorted(index: FeatureIndex) -> None:
+    patterns = {found.latent: found for found in recognisable(index, limit=200, most_density=0.2)}
+    assert len(patterns) > 3
+    best = feature_list(index.table(), links.FeaturesLink(show="recognisable"), {}, patterns)
+    assert best.table.latent.tolist() == list(patterns)[:PAGE_SIZE]
+    by_density = feature_list(index.table(), links.FeaturesLink(show="recognisable", sort="density"), {}, patterns)
+    assert set(by_density.table.latent.tolist()) == set(patterns)
+    assert (np.diff(by_density.table.density) <= 0).all()
+
+
+def test_a_page_opens_with_a_latent_that_is_not_dense(index: FeatureIndex) -> None:
+    table = index.table()
+    latent = first_latent(table)
+    assert table.density[latent] <= MOST_DENSITY
+    assert table.maximum[latent] == table.maximum[table.density <= MOST_DENSITY].max()

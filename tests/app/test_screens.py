@@ -125,9 +125,16 @@ def test_the_next_feature_is_a_new_address(screen: Open) -> None:
     assert last.test.button(key="feature.next").disabled
 
 
-def test_without_a_latent_the_page_shows_the_first_of_the_table(screen: Open) -> None:
-    first = screen("features", index="sae").table()[0][0]
-    assert screen("feature", index="sae").title == f"Latent {first}"
+def test_without_a_latent_the_page_shows_one_that_is_not_dense(screen: Open) -> None:
+    feature = screen("feature", index="sae")
+    assert feature.title.startswith("Latent ") and float(feature.facts["density"].rstrip("%")) <= 5
+
+
+def test_recognisable_features_say_which_token_explains_them(screen: Open) -> None:
+    features = screen("features", index="sae", show="recognisable")
+    assert features.test.selectbox(key="features.show").value == "recognisable"
+    cells = [row["cells"][1] for row in features.blocks("table")[0]["rows"]]
+    assert cells and all("on held-out rows" in cell["title"] for cell in cells)
 
 
 def test_a_note_is_kept_and_listed(screen: Open, own: Path) -> None:
