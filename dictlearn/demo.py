@@ -33,7 +33,7 @@ class DemoConfig:
 
     tokens: int = 300_000
     """Tokens of the standard library's source to harvest."""
-    steps: int = 240
+    steps: int = 400
     """Steps of each training."""
 
 

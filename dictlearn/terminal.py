@@ -39,13 +39,14 @@ class TerminalProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         ) as progress:
             bar = _Bar(progress, progress.add_task(title, total=total, unit=unit, rate="", shown=""), unit)
             yield bar
             elapsed = progress.tasks[0].elapsed or 0.0
             done = progress.tasks[0].completed
         rate = f", {done / elapsed:,.0f} {unit}/s" if elapsed > 0 and done else ""
-        console.print(f"{title}: {done:,.0f} {unit} in {elapsed:.1f} s{rate}  {bar.shown}".rstrip(), highlight=False)
+        console.print(f"{title}: {done:,.0f} {unit} in {elapsed:.1f} s{rate}  {bar.shown}".rstrip(), highlight=False, soft_wrap=True)
 
 
 class _Bar:

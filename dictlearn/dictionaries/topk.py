@@ -75,7 +75,9 @@ class TopK(Dictionary):
         """Unit random decoder rows, the encoder their transpose, b_dec the geometric median of the target.
 
         Scales make the target's per-coordinate variance 1 on average, so the mse term starts near the FVU's unit. A
-        transcoder's rows of W_enc are random too, and b_enc centres its input.
+        transcoder has no transpose to start from: its latent s begins mostly as one example, row s of W_enc along a
+        centred input and row s of W_dec along that input's target. From random directions most latents of a first
+        layer's transcoder never fire again.
         """
         self.subtracts_b_dec = target is None
         directions = torch.randn(self.d_sae, self.d_out, generator=generator)
@@ -88,7 +90,10 @@ class TopK(Dictionary):
             self.b_dec.copy_(geometric_median(x / self.input_scale))
         else:
             self.target_scale.copy_(_spread(target))
-            self.W_enc.copy_(F.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1))
+            examples = torch.randint(len(x), (self.d_sae,), generator=generator)
+            inputs = torch.randn(self.d_sae, self.d_in, generator=generator)
+            self.W_enc.copy_(_towards(x, examples, inputs))
+            self.W_dec.copy_(_towards(target, examples, directions))
             self.b_enc.copy_(-self.W_enc @ (x / self.input_scale).mean(dim=0))
             self.b_dec.copy_(geometric_median(target / self.target_scale))
 
@@ -117,6 +122,16 @@ class TopK(Dictionary):
     def _encoder_bias(self) -> Tensor:
         """b_enc with the pre-bias inside; the gradient reaches b_dec by one matrix-vector product, not B of them."""
         return self.b_enc - self.W_enc @ self.b_dec if self.subtracts_b_dec else self.b_enc
+
+
+EXAMPLE_SHARE = 0.8
+"""How much of a transcoder's first direction is its example, the rest being random."""
+
+
+def _towards(rows: Tensor, examples: Tensor, directions: Tensor) -> Tensor:
+    """(S, ...) unit rows: mostly the centred example of each latent, partly its random direction."""
+    centred = F.normalize((rows - rows.mean(dim=0))[examples], dim=1)
+    return F.normalize(EXAMPLE_SHARE * centred + (1 - EXAMPLE_SHARE) * F.normalize(directions, dim=1), dim=1)
 
 
 def _spread(rows: Tensor) -> Tensor:
