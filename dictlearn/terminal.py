@@ -46,7 +46,7 @@ class TerminalProgress:
             elapsed = progress.tasks[0].elapsed or 0.0
             done = progress.tasks[0].completed
         rate = f", {done / elapsed:,.0f} {unit}/s" if elapsed > 0 and done else ""
-        console.print(f"{title}: {done:,.0f} {unit} in {elapsed:.1f} s{rate}  {bar.shown}".rstrip(), highlight=False, soft_wrap=True)
+        print_line(f"{title}: {done:,.0f} {unit} in {elapsed:.1f} s{rate}  {bar.shown}".rstrip())
 
 
 class _Bar:

@@ -95,9 +95,11 @@ def evaluations(workspace: str | Path = "workspace") -> pd.DataFrame:
     there = Workspace(Path(workspace))
     found = [read_evaluation(there.run(name)) for name in there.runs()]
     return pd.DataFrame(
-        {"run": e.run, "store": e.store, "hook_in": e.hook_in, "hook_out": e.hook_out}
-        | e.reconstruction
-        | (e.downstream or {})
+        {
+            "run": e.run, "store": e.store, "hook_in": e.hook_in, "hook_out": e.hook_out,
+            **e.reconstruction,
+            **(e.downstream or {}),
+        }
         for e in found
         if e is not None
     )
