@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from dictlearn_app import links
 
 from dictlearn.feature_index.read import FeatureIndex, FeatureTable, TokenStrip
 from dictlearn.feature_index.selectivity import Selective
 from dictlearn.feature_index.strips import StripCutter
+from dictlearn_app import links
 
 PAGE_SIZE = 100
 DEFAULT_SORT = "maximum"

@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
-from dictlearn_app import indexes
-from dictlearn_app.notes import Notes
-from dictlearn_app.run_history import RunHistory, read_run
-from dictlearn_app.token_text import TokenTexts, read_token_texts
 
 from activation_store.spec import METADATA_FILE
 from activation_store.store import Store, open_store
@@ -24,6 +20,10 @@ from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS
 from dictlearn.feature_index import command, selectivity
 from dictlearn.feature_index.read import FeatureIndex, open_index
 from dictlearn.workspace import Workspace
+from dictlearn_app import indexes
+from dictlearn_app.notes import Notes
+from dictlearn_app.run_history import RunHistory, read_run
+from dictlearn_app.token_text import TokenTexts, read_token_texts
 
 if TYPE_CHECKING:
     from dictlearn.circuits.graph import AttributionGraph

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TypeVar
 
 import streamlit as st
-from dictlearn_app import links
 from streamlit.navigation.page import Page
+
+from dictlearn_app import links
 
 AnyLink = TypeVar("AnyLink", bound=links.Link)
 

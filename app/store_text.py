@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from dictlearn_app.token_text import TokenTexts
 
 from activation_store.store import Store
+from dictlearn_app.token_text import TokenTexts
 
 PAGE_ROWS = 1024
 DOCUMENTS_LISTED = 5000

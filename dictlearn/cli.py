@@ -48,6 +48,13 @@ def parse(verb: str, config: Any, args: list[str], default: Any = None, about: s
     return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, default=Call(config=default))
 
 
+def refuse_dry_run(call: Call[Any], verb: str) -> Call[Any]:
+    """Better than to go on and do what the user asked not to be done."""
+    if call.dry_run:
+        raise UserError(f"`dictlearn {verb}` has no dry run; harvest, train and index, the long steps, have one.")
+    return call
+
+
 def say(call: Call[Any], result: Any, show: Callable[[Any], None]) -> None:
     """A dataclass as JSON, or drawn by ``show``."""
     if call.json:
@@ -102,7 +109,7 @@ def train(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     from dictlearn.metrics.command import EvaluateConfig, run_evaluate
 
-    call = parse("evaluate", EvaluateConfig, args)
+    call = refuse_dry_run(parse("evaluate", EvaluateConfig, args), "evaluate")
     evaluation = run_evaluate(call.config, Workspace(call.workspace), terminal.TerminalProgress())
     say(call, evaluation, lambda result: reports.evaluations([result]))
 
@@ -129,9 +136,12 @@ def store(args: list[str]) -> None:
 
 
 def index(args: list[str]) -> None:
-    from dictlearn.feature_index.command import IndexConfig, run_index
+    from dictlearn.feature_index.command import IndexConfig, check, run_index
 
     call = parse("index", IndexConfig, args)
+    if call.dry_run:
+        say(call, check(call.config, Workspace(call.workspace))[1], reports.plan)
+        return
     path = run_index(call.config, Workspace(call.workspace), terminal.TerminalProgress())
     terminal.print_line(f"{path}: browse it with `dictlearn app`.")
 
@@ -148,7 +158,7 @@ def circuit(args: list[str]) -> None:
     from dictlearn.circuits import read, summary
     from dictlearn.circuits.command import CircuitConfig, run_circuit
 
-    call = parse("circuit", CircuitConfig, args)
+    call = refuse_dry_run(parse("circuit", CircuitConfig, args), "circuit")
     path = run_circuit(call.config, Workspace(call.workspace), terminal.TerminalProgress())
     say(call, summary(read(path)), reports.circuit)
     if not call.json:
@@ -165,7 +175,7 @@ def app(args: list[str]) -> None:
 def demo(args: list[str]) -> None:
     from dictlearn.demo import DemoConfig, run_demo
 
-    call = parse("demo", DemoConfig, args)
+    call = refuse_dry_run(parse("demo", DemoConfig, args), "demo")
     run_demo(call.config, Workspace(call.workspace), terminal.TerminalProgress())
 
 

@@ -68,6 +68,7 @@ MISTAKES = {
     "feature of nothing": (["show", "nope", "1"], "There is no index 'nope'"),
     "store to look into": (["store", "info", "nope"], "There is no store 'nope'"),
     "circuit of nothing": (["circuit", "--prompt", "a", "--transcoder", "nope"], "There is no run 'nope'"),
+    "dry run of what has none": (["evaluate", "nope", "--dry-run"], "`dictlearn evaluate` has no dry run"),
     "app without workspace": (["app"], "There is no workspace"),
 }
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import streamlit as st
+
+from activation_store.errors import UserError
+from dictlearn.circuits.graph import AttributionGraph, Node
+from dictlearn.feature_index.read import feature_page
 from dictlearn_app import indexes, links, loading, router
 from dictlearn_app.feature_scales import strip_scale
 from dictlearn_app.screens.feature import example
@@ -15,10 +19,6 @@ from dictlearn_app.views.notices import choose_one, refuse
 from dictlearn_app.views.numbers import short
 from dictlearn_app.views.sheet import Block, column, facts, grid, heading, problem, row, section, sheet, table
 from dictlearn_app.views.strips import draw_strips, group
-
-from activation_store.errors import UserError
-from dictlearn.circuits.graph import AttributionGraph, Node
-from dictlearn.feature_index.read import feature_page
 
 EXAMPLES = 8
 """Strips shown of a pinned feature; its page has the rest."""

@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import streamlit as st
+
+from activation_store.errors import UserError
+from dictlearn.feature_index.read import Band, FeatureIndex, FeaturePage, TokenStrip, feature_page
 from dictlearn_app import links, loading, router
 from dictlearn_app.feature_list import first_latent
 from dictlearn_app.feature_scales import logit_scale, strip_scale
@@ -29,9 +32,6 @@ from dictlearn_app.views.sheet import (
     table,
 )
 from dictlearn_app.views.strips import draw_strips, group, strip
-
-from activation_store.errors import UserError
-from dictlearn.feature_index.read import Band, FeatureIndex, FeaturePage, TokenStrip, feature_page
 
 
 def draw() -> None:

@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import streamlit as st
+
+from activation_store.errors import UserError
+from dictlearn.feature_index.read import FeatureIndex, TokenStrip
 from dictlearn_app import links, loading, router
 from dictlearn_app.feature_list import (
     COLUMNS,
@@ -23,9 +26,6 @@ from dictlearn_app.views.notices import choose_one, refuse
 from dictlearn_app.views.numbers import percent, short
 from dictlearn_app.views.sheet import Block, Cell, column, facts, heading, hint, row, section, sheet, table
 from dictlearn_app.views.strips import strip
-
-from activation_store.errors import UserError
-from dictlearn.feature_index.read import FeatureIndex, TokenStrip
 
 PLACES = {0: "", -1: "after", -2: "two after"}
 """How a pattern's place is written."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from activation_store.store import Store
+from dictlearn.circuits.graph import AttributionGraph
+from dictlearn.workspace import Workspace
 from dictlearn_app import indexes, links, loading
 from dictlearn_app.contents import Item, item
 from dictlearn_app.run_history import RunHistory
 from dictlearn_app.views.numbers import short, size
 from dictlearn_app.views.sheet import Block, column, command, heading, hint, parts, row, section, sheet, table
-
-from activation_store.store import Store
-from dictlearn.circuits.graph import AttributionGraph
-from dictlearn.workspace import Workspace
 
 
 def draw() -> None:

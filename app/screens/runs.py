@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import streamlit as st
+
+from activation_store.errors import UserError
 from dictlearn_app import indexes, links, loading, router
 from dictlearn_app.run_history import RunHistory, differing, flattened
 from dictlearn_app.views import controls
 from dictlearn_app.views.curves import X_AXES, draw_curves
 from dictlearn_app.views.numbers import short
 from dictlearn_app.views.sheet import Block, column, command, heading, hint, problem, row, section, sheet, table
-
-from activation_store.errors import UserError
 
 LIVE_SECONDS = 3
 """How often the page looks again while a run trains: a log line comes every few seconds at most."""

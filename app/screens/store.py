@@ -6,6 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import streamlit as st
+
+from activation_store.errors import UserError
+from activation_store.store import Store
 from dictlearn_app import links, loading, router
 from dictlearn_app.screens.home import named
 from dictlearn_app.store_text import TextPage, documents_by_name, hook_numbers, rows_in, text_page
@@ -14,9 +17,6 @@ from dictlearn_app.views.notices import choose_one, refuse
 from dictlearn_app.views.numbers import short, size
 from dictlearn_app.views.sheet import Block, column, facts, heading, hint, row, section, sheet, table
 from dictlearn_app.views.strips import draw_strips, group, strip
-
-from activation_store.errors import UserError
-from activation_store.store import Store
 
 
 def draw() -> None:

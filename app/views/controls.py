@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import streamlit as st
+
 from dictlearn_app import links, router
 
 Change = Callable[[Any], links.Link]

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dictlearn.circuits.graph import AttributionGraph, Node
 from dictlearn_app import links
 from dictlearn_app.graph_shares import edge_shares
 from dictlearn_app.token_text import visible
 from dictlearn_app.views.component import mount
 from dictlearn_app.views.numbers import percent
-
-from dictlearn.circuits.graph import AttributionGraph, Node
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ def _edges(traced: Traced, pruning: influence.Pruning) -> tuple[Edge, ...]:
     edges, heads = [], frozen.heads
     for (first, numbers_M, columns_M), part in zip(per_group, parts, strict=True):
         weights_M = traced.adjacency.rows_GN[first + numbers_M, columns_M]
-        flat_MX = part.heads_MLH.reshape(len(numbers_M), -1)
+        flat_MX = part.heads_MLH.reshape(len(numbers_M), frozen.layers * heads)
         largest = np.argsort(-np.abs(flat_MX), axis=1)[:, :HEADS_PER_EDGE]
         amounts = np.take_along_axis(flat_MX, largest, axis=1)
         shown = np.abs(amounts) > HEAD_SHARE_SHOWN * (np.abs(flat_MX).sum(axis=1) + np.abs(part.direct_M))[:, None]

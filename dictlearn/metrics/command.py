@@ -96,7 +96,10 @@ def evaluations(workspace: str | Path = "workspace") -> pd.DataFrame:
     found = [read_evaluation(there.run(name)) for name in there.runs()]
     return pd.DataFrame(
         {
-            "run": e.run, "store": e.store, "hook_in": e.hook_in, "hook_out": e.hook_out,
+            "run": e.run,
+            "store": e.store,
+            "hook_in": e.hook_in,
+            "hook_out": e.hook_out,
             **e.reconstruction,
             **(e.downstream or {}),
         }

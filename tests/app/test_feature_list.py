@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from dictlearn.feature_index.read import FeatureIndex, open_index
+from dictlearn.feature_index.selectivity import recognisable
 from dictlearn_app import links
 from dictlearn_app.feature_list import (
     MOST_DENSITY,
@@ -16,9 +19,6 @@ from dictlearn_app.feature_list import (
     pager,
     strongest_examples,
 )
-
-from dictlearn.feature_index.read import FeatureIndex, open_index
-from dictlearn.feature_index.selectivity import recognisable
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from urllib.parse import parse_qsl
 
 import pytest
-from dictlearn_app import links
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dictlearn_app import links
 
 EXAMPLES = [
     links.HomeLink(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from dictlearn_app.notes import Notes
 
 from activation_store.errors import UserError
+from dictlearn_app.notes import Notes
 
 
 def test_reading_makes_no_file(tmp_path: Path) -> None:

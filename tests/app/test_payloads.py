@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+
+from dictlearn.circuits.graph import AttributionGraph, read
 from dictlearn_app import links
 from dictlearn_app.graph_shares import edge_shares
 from dictlearn_app.run_history import read_run
@@ -15,8 +17,6 @@ from dictlearn_app.views import numbers
 from dictlearn_app.views.curves import curves_payload
 from dictlearn_app.views.graph import LayerIndex, graph_payload
 from dictlearn_app.views.sheet import parts
-
-from dictlearn.circuits.graph import AttributionGraph, read
 from tests.app.tiny_workspace import HOSTILE
 
 

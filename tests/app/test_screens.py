@@ -273,9 +273,8 @@ def test_a_graph_without_an_index_names_the_command(screen: Open, own: Path) -> 
 
 
 def test_a_model_that_is_gone_costs_the_text_of_a_store_alone(screen: Open, own: Path, monkeypatch) -> None:
-    from dictlearn_app import loading
-
     from activation_store.errors import UserError
+    from dictlearn_app import loading
 
     def gone(model: str) -> None:
         raise UserError(f"There is no model {model!r}.")

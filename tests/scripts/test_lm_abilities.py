@@ -221,7 +221,9 @@ def tiny(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tupl
     )
     LlamaForCausalLM(config).half().save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    training = dict(step=0, seed=1, epochs=1, batch=2, left_out={}, origin=corpus.origin, corpus=corpus.fingerprint)
+    training = dict(
+        step=0, seed=1, epochs_from_step=[[0, 1]], batch=2, left_out={}, origin=corpus.origin, corpus=corpus.fingerprint
+    )
     (folder / "training.json").write_text(json.dumps(training))
     return folder, corpus
 
