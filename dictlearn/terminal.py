@@ -68,7 +68,9 @@ def _short(value: object) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table whose first column is names and whose other columns are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
+    if title:
+        console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)  # a table would wrap it
+    table = Table(show_edge=False, show_header=any(columns))
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right")
     for row in rows:

@@ -96,6 +96,7 @@ class TopK(Dictionary):
             self.W_dec.copy_(_towards(target, examples, directions))
             self.b_enc.copy_(-self.W_enc @ (x / self.input_scale).mean(dim=0))
             self.b_dec.copy_(geometric_median(target / self.target_scale))
+            self._shrink_to_fit(x / self.input_scale, target / self.target_scale)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -118,6 +119,20 @@ class TopK(Dictionary):
         folded.target_scale.fill_(1)
         folded.subtracts_b_dec = False
         return folded
+
+    def _shrink_to_fit(self, x: Tensor, target: Tensor) -> None:
+        """Scale the encoder by the factor that fits these rows best (least squares).
+
+        A row's examples overlap, so that k of them at full strength overshoot ten times, and the steps that repair it
+        silence many latents for good.
+        """
+        values_BK, indices_BK = ops.encode_topk(x, self.W_enc, self.b_enc, self.config.k)
+        output_BO = ops.decode(values_BK, indices_BK, self.W_dec)
+        energy = output_BO.square().sum()
+        fit = (output_BO * (target - self.b_dec)).sum() / energy.clamp_min(1e-12)
+        if fit > 0:
+            self.W_enc.mul_(fit)
+            self.b_enc.mul_(fit)
 
     def _encoder_bias(self) -> Tensor:
         """b_enc with the pre-bias inside; the gradient reaches b_dec by one matrix-vector product, not B of them."""

@@ -4,8 +4,8 @@
 
 Which ten is not a matter of taste: `dictlearn.feature_index.selectivity` ranks all latents by how well one token, here
 or just before, explains them on training documents; the first ten different patterns are shown, with precision and
-recall on held-out documents (which only drop latents that do far worse there). After them come latents drawn at random, so that a reader sees what
-most features are like.
+recall on held-out documents (which only drop latents that do far worse there). After them come latents drawn at
+random, so that a reader sees what most features are like.
 """
 
 from __future__ import annotations
