@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def test_the_server_ends_with_the_command(tmp_path: Path, number: signal.Signals
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "dictlearn.cli", "app", "--no-browser", "--port", str(port), "--workspace", "."]
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    # A test run started in the background ignores SIGINT, and what it starts would too.
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, preexec_fn=heeding)
     assert eventually(lambda: listens(port))
     process.send_signal(number)
     assert process.wait(timeout=20) in (0, 130, 128 + number)
