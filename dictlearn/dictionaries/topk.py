@@ -76,8 +76,8 @@ class TopK(Dictionary):
 
         Scales make the target's per-coordinate variance 1 on average, so the mse term starts near the FVU's unit. A
         transcoder has no transpose to start from: its latent s begins mostly as one example, row s of W_enc along a
-        centred input and row s of W_dec along that input's target. From random directions most latents of a first
-        layer's transcoder never fire again.
+        centred input and row s of W_dec along that input's target. From random directions 89 % of the latents of
+        the bundled model's first transcoder stopped firing (one seed, 240 steps of 2048 rows).
         """
         self.subtracts_b_dec = target is None
         directions = torch.randn(self.d_sae, self.d_out, generator=generator)
