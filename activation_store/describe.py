@@ -70,7 +70,7 @@ def describe(store: Store) -> StoreDescription:
         for split in SPLITS
     ]
     return StoreDescription(
-        path=str(store.path),
+        path=store.location,
         fingerprint=store.fingerprint,
         rows=store.rows,
         rows_planned=manifest.rows_planned,

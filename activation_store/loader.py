@@ -94,7 +94,7 @@ class Loader:
         if not self.order.rows or not self.order.epoch(0).batches:
             parts = f" for each of {world_size} ranks" if world_size > 1 else ""
             raise UserError(
-                f"Store {store.path} has {self.order.rows:,} rows in split {split!r}: "
+                f"Store {store.location} has {self.order.rows:,} rows in split {split!r}: "
                 f"not enough for one batch of {batch_size:,}{parts}."
             )
         self._epoch = 0

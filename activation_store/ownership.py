@@ -44,6 +44,9 @@ class Ownership:
                 return cls(path, file)
             os.close(file)  # the owner before us removed the file after we had opened it
 
+    def check(self) -> None:
+        """Nothing to do: while we live, nobody can take the lock."""
+
     def release(self) -> None:
         """Remove the file, then let go of the lock (in this order: whoever opened it meanwhile looks again)."""
         with contextlib.suppress(OSError):

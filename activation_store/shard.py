@@ -1,26 +1,35 @@
-"""One shard file: rows, then the index that says where each chunk is, then the index's crc32c.
+"""One shard file: chunks of rows, then the index that says where each chunk is, then the index's crc32c.
 
 The layout is Zarr's sharding codec with the index at the end. We write chunks in row order, so an uncompressed shard is
 its rows as one contiguous array; readers do not rely on it. Other writers leave out chunks of zeros and order the rest
-as they like, so `Shard` takes every offset from the index and only then looks whether the chunks happen to be in order.
+as they like, so every offset is taken from the index; only then is it seen whether the chunks happen to be in order.
+
+`ShardWriter` writes one, `ShardIndex` says where its chunks are, `MappedShard` reads an uncompressed one from a local
+disk. Compressed and remote ones are read chunk by chunk: see `activation_store.chunks`.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import xxhash
 
-from activation_store.disk import Disk
+from activation_store.codec import encoder
 from activation_store.errors import UserError
+from activation_store.place import OpenFile
 from activation_store.spec import ArraySpec, Geometry
 
 ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
+
+
+def index_bytes(geometry: Geometry) -> int:
+    """Bytes at the end of a shard: offset and length of each chunk, and the crc32c."""
+    return geometry.chunks_per_shard * 16 + CRC_BYTES
 
 
 def encode_index(offsets_lengths: np.ndarray) -> bytes:
@@ -30,103 +39,125 @@ def encode_index(offsets_lengths: np.ndarray) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard of one array to a temporary file, as the rows come in."""
+    """Writes one shard of one array into ``file``, as the rows come in."""
 
-    def __init__(self, disk: Disk, temporary: Path, array: ArraySpec, geometry: Geometry):
+    def __init__(self, file: OpenFile, array: ArraySpec, geometry: Geometry, compression: str):
         self.array = array
         self.geometry = geometry
-        self.temporary = temporary
+        self.file = file
         self.rows = 0
-        self._disk = disk
         self._hash = xxhash.xxh3_64()
-        self._file: int | None = disk.create(temporary)
+        self._encode = encoder(compression)
+        self._chunk_bytes = geometry.rows_per_chunk * array.row_bytes
+        self._waiting = bytearray()  # of a compressed shard: rows that do not fill a chunk yet
+        self._bytes = 0
+        self._lengths: list[int] = []
 
     def append(self, rows: np.ndarray) -> None:
         """Write rows of the array's carrier type (n, *row_shape)."""
-        content = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
-        self._write(content)
         self.rows += len(rows)
+        content = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        if self._encode is None:
+            self._write(content)
+            return
+        self._waiting += content
+        while len(self._waiting) >= self._chunk_bytes:
+            self._write_encoded(self._waiting[: self._chunk_bytes])
+            del self._waiting[: self._chunk_bytes]
 
     def seal(self) -> str:
-        """Pad the last chunk and write the index; syncing is left to the caller. Returns the file's checksum."""
+        """Pad the last chunk and write the index. Returns the file's checksum."""
         per_chunk = self.geometry.rows_per_chunk
-        chunk_bytes = per_chunk * self.array.row_bytes
         chunks = -(-self.rows // per_chunk)
-        self._write(bytes((chunks * per_chunk - self.rows) * self.array.row_bytes))
+        padding = bytes((chunks * per_chunk - self.rows) * self.array.row_bytes)
+        if self._encode is None:
+            self._write(padding)
+            self._lengths = [self._chunk_bytes] * chunks
+        elif self._waiting:
+            self._write_encoded(self._waiting + padding)
+        lengths = np.array(self._lengths, dtype=np.uint64)
         index = np.full((self.geometry.chunks_per_shard, 2), ABSENT, dtype=np.uint64)
-        index[:chunks, 0] = np.arange(chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
-        index[:chunks, 1] = chunk_bytes
+        index[:chunks, 0] = np.cumsum(lengths) - lengths
+        index[:chunks, 1] = lengths
         self._write(encode_index(index))
         return self._hash.hexdigest()
 
-    @property
-    def file(self) -> int:
-        """The descriptor, for syncing."""
-        assert self._file is not None, "this shard is closed"
-        return self._file
-
-    def close(self) -> None:
-        """Give the file back. A shard that was not sealed stays behind in the staging folder and is swept."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def _write_encoded(self, chunk: bytes | bytearray) -> None:
+        assert self._encode is not None
+        encoded = self._encode(bytes(chunk))
+        self._lengths.append(len(encoded))
+        self._write(encoded)
 
     def _write(self, content: bytes | memoryview) -> None:
         if len(content):
-            self._disk.write(self.file, content, "shard")
+            self.file.write(content)
             self._hash.update(content)
 
 
-class Shard:
-    """A committed shard file, memory-mapped: rows by position.
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the chunks of a shard lie, as its index says. A chunk left out because it is all zeros has length 0.
 
-    Raises:
-        UserError: missing, truncated, or an index that does not fit; the sentence names the file.
+    Attributes:
+        offsets, lengths: (chunks that hold rows,) int64.
     """
 
-    def __init__(self, path: Path, name: str, rows: int, array: ArraySpec, geometry: Geometry):
-        self.array = array
-        self.geometry = geometry
-        self.rows = rows
-        index_bytes = geometry.chunks_per_shard * 16
-        try:
-            mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        except FileNotFoundError:
-            raise UserError(f"{name} is missing, though the manifest counts its rows: the store is damaged.") from None
-        except ValueError:
-            raise UserError(f"{name} is damaged: the file is empty.") from None
-        if len(mapped) < index_bytes + CRC_BYTES:
-            raise UserError(f"{name} is damaged: {len(mapped)} bytes cannot hold the index of a shard.")
-        index = mapped[-index_bytes - CRC_BYTES : -CRC_BYTES].tobytes()
-        if google_crc32c.value(index).to_bytes(CRC_BYTES, "little") != mapped[-CRC_BYTES:].tobytes():
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def decode(cls, tail: Any, file_bytes: int, rows: int, geometry: Geometry, name: str) -> ShardIndex:
+        """Read the last `index_bytes` of a shard of ``file_bytes`` bytes.
+
+        Raises:
+            UserError: truncated, changed, or pointing outside of the file; the sentence names the file.
+        """
+        tail = bytes(tail)
+        if len(tail) < index_bytes(geometry):
+            raise UserError(f"{name} is damaged: {file_bytes} bytes cannot hold the index of a shard.")
+        index, crc = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
+        if google_crc32c.value(index).to_bytes(CRC_BYTES, "little") != crc:
             raise UserError(
                 f"{name} is damaged: the index at its end does not match its crc32c (truncated or changed)."
             )
-        offsets_lengths = np.frombuffer(index, dtype="<u8").reshape(-1, 2)
+        needed = np.frombuffer(index, dtype="<u8").reshape(-1, 2)[: -(-rows // geometry.rows_per_chunk)]
+        present = ~(needed == ABSENT).all(axis=1)
+        payload = np.uint64(file_bytes - len(tail))
+        offsets, lengths = np.where(present, needed[:, 0], 0), np.where(present, needed[:, 1], 0)
+        if (present & ((offsets > payload) | (lengths > payload - offsets) | (lengths == 0))).any():
+            raise UserError(f"{name} is damaged: its index points to chunks that are not in the file.")
+        return cls(offsets.astype(np.int64), lengths.astype(np.int64))
+
+
+class MappedShard:
+    """An uncompressed shard on a local disk, memory-mapped: rows by position.
+
+    Args:
+        mapped: the file as uint8.
+
+    Raises:
+        UserError: truncated, or an index that does not fit; the sentence names the file.
+    """
+
+    def __init__(self, mapped: np.ndarray, name: str, rows: int, array: ArraySpec, geometry: Geometry):
+        self.array = array
+        self.geometry = geometry
+        self.rows = rows
+        self._chunk_bytes = geometry.rows_per_chunk * array.row_bytes
+        index = ShardIndex.decode(mapped[-index_bytes(geometry) :], len(mapped), rows, geometry, name)
+        if ((index.lengths != self._chunk_bytes) & (index.lengths > 0)).any():
+            raise UserError(f"{name} is damaged: its index points to chunks that are not in the file.")
+        self._offsets = np.where(index.lengths > 0, index.offsets, -1)
         self._mmap: mmap.mmap = mapped._mmap  # type: ignore[attr-defined]  # numpy's own name for it, since 1.x
         self._mapped = np.asarray(mapped)
-        self._chunk_bytes = geometry.rows_per_chunk * array.row_bytes
-        self._offsets = self._checked_offsets(offsets_lengths, len(mapped) - index_bytes - CRC_BYTES, name)
         self._contiguous = self._as_one_array()
-
-    def _checked_offsets(self, offsets_lengths: np.ndarray, payload_bytes: int, name: str) -> np.ndarray:
-        """Offset of each chunk that holds rows, -1 for one left out because it is all zeros."""
-        needed = offsets_lengths[: -(-self.rows // self.geometry.rows_per_chunk)]
-        present = ~(needed == ABSENT).all(axis=1)
-        offsets, lengths = needed[present, 0], needed[present, 1]
-        if (lengths != self._chunk_bytes).any() or (offsets > max(0, payload_bytes - self._chunk_bytes)).any():
-            raise UserError(f"{name} is damaged: its index points to chunks that are not in the file.")
-        result = np.full(len(needed), -1, dtype=np.int64)
-        result[present] = offsets.astype(np.int64)
-        return result
 
     def _as_one_array(self) -> np.ndarray | None:
         """The rows as one array without a copy, when the chunks lie in row order without gaps."""
         in_order = self._offsets[:1] + np.arange(len(self._offsets)) * self._chunk_bytes
         if self._offsets[0] < 0 or not np.array_equal(self._offsets, in_order):
             return None
-        start = int(self._offsets[0])
-        return self._view(start, self.rows)
+        return self._view(int(self._offsets[0]), self.rows)
 
     def _view(self, start: int, rows: int) -> np.ndarray:
         content = self._mapped[start : start + rows * self.array.row_bytes]

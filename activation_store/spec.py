@@ -4,15 +4,16 @@ A store is a Zarr v3 group::
 
     zarr.json                          the root group; its attribute "activation_store" is the manifest
     activations/<hook_name>/           (rows, ...) bfloat16, float16 or float32, one array per hook
+    norms/<hook_name>/                 (rows,) float32: the Euclidean length of each row of the hook, as stored
     token_ids/  positions/  documents/ (rows,) int32: the token, its place in the window, the index of its document
     document_table/                    ids (UTF-8 bytes), id_ends, splits, first_rows, rows: one entry per document
-    statistics/<hook_name>/            count, mean, second_moment, mean_norm in float64, once the store is complete
+    statistics/<hook_name>/            sums over the rows in float64 (`STATISTICS_ARRAYS`), once the store is complete
     .owner  .staging/                  only while somebody writes
 
 Arrays with a row axis are sharded: a shard is one commit of exactly ``rows_per_shard`` rows (the last may be short), an
 inner chunk of ``rows_per_chunk`` rows is the unit of shuffling. A shard file holds its chunks in row order, each
-padded to full size with zeros, then the index (offset and length of each chunk as little-endian uint64, all ones for a
-chunk that begins beyond the last row) and the index's crc32c.
+padded to full size with zeros and then compressed if the store is, then the index (offset and length of each chunk as
+little-endian uint64, all ones for a chunk that begins beyond the last row) and the index's crc32c.
 
 The manifest lives in the root group's attributes, so that one atomic rename of one file commits, any Zarr reader sees
 it, and the hierarchy holds nothing that Zarr does not know. Its row count is the truth: shards beyond it do not exist.
@@ -34,7 +35,7 @@ import xxhash
 
 from activation_store.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_ATTRIBUTE = "activation_store"
 
 METADATA_FILE = "zarr.json"
@@ -42,6 +43,7 @@ OWNER_FILE = ".owner"
 STAGING_FOLDER = ".staging"
 
 ACTIVATIONS = "activations"
+NORMS = "norms"
 TOKEN_IDS = "token_ids"
 POSITIONS = "positions"
 DOCUMENTS = "documents"
@@ -51,9 +53,27 @@ STATISTICS = "statistics"
 SPLITS = ("train", "held-out")
 """What a document can belong to; the table stores the index into this tuple."""
 
-COMPRESSION = "none"
-"""Uncompressed, so that a chunk is one contiguous byte range that can be memory-mapped. The manifest says so, and a
-reader of this version refuses anything else."""
+COMPRESSIONS: dict[str, list[dict[str, Any]]] = {
+    "none": [],
+    "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": True}}],
+}
+"""What may follow the bytes of a chunk, as Zarr codecs. Uncompressed, a chunk is one contiguous byte range that can be
+memory-mapped: the default. zstd is for object stores and slow disks."""
+
+NORM_OUTLIER_RATIO = 10.0
+"""A row is flagged as an outlier when its norm is more than this many times the median norm of its hook."""
+
+STATISTICS_ARRAYS = {
+    "count": "int64",
+    "mean": "float64",
+    "mean_square": "float64",
+    "second_moment": "float64",
+    "second_moment_rows": "int64",
+    "mean_norm": "float64",
+    "median_norm": "float64",
+    "norm_outliers": "int64",
+}
+"""The arrays of statistics/<hook_name>: see `activation_store.store.HookStatistics`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,10 @@ class HookSpec:
     @property
     def array(self) -> ArraySpec:
         return ArraySpec(f"{ACTIVATIONS}/{self.name}", self.shape, self.dtype)
+
+    @property
+    def norms(self) -> ArraySpec:
+        return ArraySpec(f"{NORMS}/{self.name}", (), "float32")
 
 
 @dataclass(frozen=True)
@@ -161,12 +185,12 @@ class ArraySpec:
     def shard_key(self, shard: int) -> str:
         return f"{self.path}/c.{shard}" + ".0" * len(self.row_shape)
 
-    def metadata(self, rows: int, geometry: Geometry) -> bytes:
+    def metadata(self, rows: int, geometry: Geometry, compression: str) -> bytes:
         """The array's zarr.json when it has ``rows`` rows."""
         little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
             "chunk_shape": [geometry.rows_per_chunk, *self.row_shape],
-            "codecs": [little_endian],
+            "codecs": [little_endian, *COMPRESSIONS[compression]],
             "index_codecs": [little_endian, {"name": "crc32c"}],
             "index_location": "end",
         }
@@ -300,11 +324,10 @@ def document_table_files(documents: Sequence[DocumentRows]) -> dict[str, bytes]:
 
 
 def statistics_files(hook_name: str, values: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of one hook's statistics: count (int64), the others float64."""
+    """The files of one hook's statistics, one for each of `STATISTICS_ARRAYS`."""
     files = {f"{STATISTICS}/{hook_name}/{METADATA_FILE}": group_metadata()}
-    for name, value in values.items():
-        dtype = "int64" if name == "count" else "float64"
-        files |= whole_array_files(f"{STATISTICS}/{hook_name}/{name}", np.asarray(value), dtype)
+    for name, dtype in STATISTICS_ARRAYS.items():
+        files |= whole_array_files(f"{STATISTICS}/{hook_name}/{name}", np.asarray(values[name]), dtype)
     return files
 
 
@@ -316,7 +339,7 @@ class Manifest:
     """Identity (what the store is, fixed when it is made) and progress (how much of it is there).
 
     Attributes:
-        hooks, geometry: the arrays and how they are cut.
+        hooks, geometry, compression: the arrays, how they are cut, and what is done to their chunks.
         rows_planned, documents, documents_checksum, excluded, batches: the plan; the documents are in their table.
         provenance: what the rows were made from, as the harvester tells it (model, tokenizer, corpus, versions).
         rows: committed rows.
@@ -333,6 +356,7 @@ class Manifest:
     excluded: dict[str, int]
     batches: dict[str, Any]
     provenance: dict[str, Any]
+    compression: str = "none"
     rows: int = 0
     complete: bool = False
     shards: dict[str, list[str]] = field(default_factory=dict)
@@ -340,7 +364,12 @@ class Manifest:
 
     @classmethod
     def of_plan(
-        cls, plan: StorePlan, hooks: Sequence[HookSpec], geometry: Geometry, provenance: Mapping[str, Any]
+        cls,
+        plan: StorePlan,
+        hooks: Sequence[HookSpec],
+        geometry: Geometry,
+        provenance: Mapping[str, Any],
+        compression: str = "none",
     ) -> Manifest:
         """The manifest of a store in which nothing has been committed."""
         table = document_table_files(plan.documents)
@@ -353,6 +382,7 @@ class Manifest:
             excluded={reason: int(count) for reason, count in plan.excluded.items()},
             batches=as_json(plan.batches, "the plan's batches"),
             provenance=as_json(provenance, "the provenance"),
+            compression=compression,
             shards={array.path: [] for array in arrays_of(hooks)},
             files={key: checksum(content) for key, content in table.items()},
         )
@@ -370,7 +400,7 @@ class Manifest:
         """What the store is, whatever has been committed of it, as JSON."""
         return {
             "format_version": FORMAT_VERSION,
-            "compression": COMPRESSION,
+            "compression": self.compression,
             "hooks": [{"name": h.name, "shape": list(h.shape), "dtype": h.dtype} for h in self.hooks],
             "geometry": dataclasses.asdict(self.geometry),
             "plan": {
@@ -425,10 +455,6 @@ class Manifest:
         claimed = body.pop("checksum", None)
         if claimed != checksum(canonical_json(body)):
             raise UserError(f"{name} is damaged: the manifest does not match its own checksum. Restore it from a copy.")
-        if body["compression"] != COMPRESSION:
-            raise UserError(
-                f"{name} describes a store compressed by {body['compression']!r}, which is not supported yet."
-            )
         try:
             return cls._of_body(body)
         except (KeyError, TypeError) as problem:
@@ -446,6 +472,7 @@ class Manifest:
             excluded=plan["excluded"],
             batches=plan["batches"],
             provenance=body["provenance"],
+            compression=body["compression"],
             rows=body["rows"],
             complete=body["complete"],
             shards=body["shards"],
@@ -454,14 +481,16 @@ class Manifest:
 
     def fixed_files(self) -> dict[str, bytes]:
         """Metadata that follows from the manifest alone, besides the document table: {key: content}."""
-        groups = [ACTIVATIONS, *([STATISTICS] if self.complete else [])]
-        return {f"{group}/{METADATA_FILE}": group_metadata() for group in groups} | {
-            array.metadata_key: array.metadata(self.rows, self.geometry) for array in self.arrays
-        }
+        groups = [ACTIVATIONS, NORMS, *([STATISTICS] if self.complete else [])]
+        return {f"{group}/{METADATA_FILE}": group_metadata() for group in groups} | self.array_metadata(self.rows)
+
+    def array_metadata(self, rows: int) -> dict[str, bytes]:
+        """The zarr.json of every array with a row axis when the store has ``rows`` rows: {key: content}."""
+        return {array.metadata_key: array.metadata(rows, self.geometry, self.compression) for array in self.arrays}
 
 
 def arrays_of(hooks: Sequence[HookSpec]) -> tuple[ArraySpec, ...]:
-    return (*(hook.array for hook in hooks), *ROW_ARRAYS)
+    return (*(hook.array for hook in hooks), *(hook.norms for hook in hooks), *ROW_ARRAYS)
 
 
 def differences(here: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
 """Reading a store: rows by number, the text around a row, statistics.
 
 A `Store` is a snapshot: it shows the rows that were committed when it was opened, however far the writer gets
-meanwhile; `refresh` looks again. Rows are read through memory maps of the shard files, so what was read once comes
-from the system's page cache, and nothing is copied but the rows asked for. Needs numpy alone; torch only for `tensor`.
+meanwhile; `refresh` looks again. Uncompressed shards on a local disk are memory-mapped, so what was read once comes
+from the system's page cache, and nothing is copied but the rows asked for. Others are fetched and decoded chunk by
+chunk into a buffer of bounded size (`activation_store.chunks`). Needs numpy alone; torch only for `tensor`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import os
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +20,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from activation_store.chunks import Arena, missing_shard
+from activation_store.codec import decoder
 from activation_store.errors import UserError
-from activation_store.shard import Shard
+from activation_store.metadata import metadata_damages
+from activation_store.place import Place, open_place
+from activation_store.shard import MappedShard, ShardIndex, index_bytes
 from activation_store.spec import (
     DOCUMENT_TABLE,
     DOCUMENTS,
@@ -28,6 +34,7 @@ from activation_store.spec import (
     ROW_ARRAYS,
     SPLITS,
     STATISTICS,
+    STATISTICS_ARRAYS,
     STORED_TYPES,
     TOKEN_IDS,
     ArraySpec,
@@ -44,6 +51,12 @@ if TYPE_CHECKING:
 MAPPED_SHARDS = 16_384
 """Shard files mapped at a time: the system allows a process 65,530 maps by default."""
 
+KEPT_ROWS = 65_536
+"""Rows of each array kept decoded when shards cannot be mapped, unless `Store.reserve` asks for more."""
+
+FETCHED_AT_ONCE = 16
+"""Requests under way at a time. An object store answers each after tens of milliseconds."""
+
 
 @dataclass(frozen=True)
 class HookStatistics:
@@ -52,26 +65,33 @@ class HookStatistics:
     Attributes:
         count: rows.
         mean: (d,).
-        second_moment: (d, d), mean of x xT, not centred.
-        mean_norm: mean Euclidean length of a row.
+        mean_square: (d,), mean of the squares, not centred.
+        mean_norm, median_norm: of the Euclidean lengths of the rows; the median is the lower one of an even number.
+        norm_outliers: rows whose norm is above `activation_store.spec.NORM_OUTLIER_RATIO` times the median.
+        second_moment: (d, d), mean of x xT, not centred, over ``second_moment_rows`` of the rows, spread evenly: all of
+            them in a store of fewer than 512 d rows (`activation_store.moments`).
         excluded: tokens that gave no row, by reason.
     """
 
     count: int
     mean: np.ndarray
-    second_moment: np.ndarray
+    mean_square: np.ndarray
     mean_norm: float
+    median_norm: float
+    norm_outliers: int
+    second_moment: np.ndarray
+    second_moment_rows: int
     excluded: dict[str, int]
 
     @property
     def covariance(self) -> np.ndarray:
-        """(d, d), of the population."""
+        """(d, d), of the population, as far as `second_moment` knows it."""
         return self.second_moment - np.outer(self.mean, self.mean)
 
     @property
     def mean_squared_norm(self) -> float:
-        """Mean of |x|^2: the trace of the second moment."""
-        return float(np.trace(self.second_moment))
+        """Mean of |x|^2, over all rows."""
+        return float(self.mean_square.sum())
 
 
 @dataclass(frozen=True)
@@ -84,40 +104,73 @@ class Text:
     document: int
 
 
-def open_store(path: str | os.PathLike[str]) -> Store:
+def open_store(location: str | os.PathLike[str], *, verify_reads: bool = False) -> Store:
     """Open a store for reading; it may still be growing.
 
+    Args:
+        location: a folder, or a URL such as s3://bucket/name.
+        verify_reads: compare every file with its checksum before anything of it is used: each shard is then read whole
+            the first time that a row of it is.
+
     Raises:
-        UserError: there is no store, it is damaged, or it is of another format version.
+        UserError: there is no store, it is damaged, it is of another format version, or it cannot be reached.
     """
-    return Store(path)
+    place = open_place(location)
+    return Store(place, read_manifest(place), verify_reads=verify_reads)
 
 
 class Store:
     """A store opened for reading: see `open_store`.
 
     Attributes:
-        path: the folder.
+        place: where its files are.
         manifest: `activation_store.spec.Manifest` as it was when the store was opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+    def __init__(self, place: Place, manifest: Manifest, *, verify_reads: bool = False):
+        self.place = place
+        self.manifest = manifest
+        self.verify_reads = verify_reads
         self._arrays = {array.path: array for array in self.manifest.arrays}
-        self._shards: OrderedDict[tuple[str, int], Shard] = OrderedDict()
+        self._mapped: OrderedDict[tuple[str, int], MappedShard] = OrderedDict()
+        self._indexes: dict[tuple[str, int], ShardIndex] = {}
+        self._arenas: dict[str, Arena] = {}
+        self._kept_rows = KEPT_ROWS
         self._lock = threading.Lock()
+        if verify_reads:
+            _refuse_damaged_metadata(place, manifest)
+
+    @property
+    def location(self) -> str:
+        """The folder or URL, as it was given."""
+        return self.place.location
+
+    @property
+    def name(self) -> str:
+        """The last part of the location, without ``.zarr``."""
+        return self.place.name
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store.
+
+        Raises:
+            UserError: it is not local.
+        """
+        if self.place.root is None:
+            raise UserError(f"The store {self.location} is not on a local disk, which is needed for this.")
+        return self.place.root
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else f"of {self.manifest.rows_planned:,} planned"
-        return f"<Store {self.path}: {self.rows:,} rows ({state}), hooks {', '.join(self.hooks)}>"
+        return f"<Store {self.location}: {self.rows:,} rows ({state}), hooks {', '.join(self.hooks)}>"
 
     def __len__(self) -> int:
         return self.rows
 
     def refresh(self) -> Store:
         """The same store as it is now."""
-        return Store(self.path)
+        return Store(self.place, read_manifest(self.place), verify_reads=self.verify_reads)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
@@ -155,7 +208,9 @@ class Store:
         if name not in self.hooks:
             near = difflib.get_close_matches(name, self.hooks, n=1)
             meant = f" Did you mean {near[0]}?" if near else " Harvest it into a store of its own."
-            raise UserError(f"Store {self.path} has hooks {', '.join(self.hooks)}; {name} is not among them.{meant}")
+            raise UserError(
+                f"Store {self.location} has hooks {', '.join(self.hooks)}; {name} is not among them.{meant}"
+            )
         return self.hooks[name]
 
     def d(self, hook: str) -> int:
@@ -197,6 +252,14 @@ class Store:
         if name not in (array.path for array in ROW_ARRAYS):
             raise ValueError(f"{name!r} is none of {', '.join(array.path for array in ROW_ARRAYS)}")
         return self._take(self._arrays[name], np.asarray(indices, dtype=np.int64), None)
+
+    def norms(self, hook: str, start: int, stop: int) -> np.ndarray:
+        """The Euclidean length of each row start..stop of a hook as stored, float32."""
+        return self._read(self.hook(hook).norms, start, stop)
+
+    def take_norms(self, hook: str, indices: np.ndarray) -> np.ndarray:
+        """The lengths of the rows of a hook at ``indices`` (n,), float32."""
+        return self._take(self.hook(hook).norms, np.asarray(indices, dtype=np.int64), None)
 
     def text_around(self, row: int, before: int, after: int) -> Text:
         """Tokens of up to ``before`` rows before ``row`` and ``after`` rows after it, within its document."""
@@ -266,17 +329,17 @@ class Store:
         d = self.hook(hook).d
         if not self.complete:
             raise UserError(
-                f"Store {self.path} has no statistics yet: {self.rows:,} of {self.manifest.rows_planned:,} rows are "
-                "there. Run its harvest again to finish it."
+                f"Store {self.location} has no statistics yet: {self.rows:,} of {self.manifest.rows_planned:,} rows "
+                "are there. Run its harvest again to finish it."
             )
         folder = f"{STATISTICS}/{hook}"
-        return HookStatistics(
-            count=int(self._whole_array(f"{folder}/count", "int64", ())),
-            mean=self._whole_array(f"{folder}/mean", "float64", (d,)),
-            second_moment=self._whole_array(f"{folder}/second_moment", "float64", (d, d)),
-            mean_norm=float(self._whole_array(f"{folder}/mean_norm", "float64", ())),
-            excluded=dict(self.manifest.excluded),
-        )
+        shapes = {"mean": (d,), "mean_square": (d,), "second_moment": (d, d)}
+        read = {
+            name: self._whole_array(f"{folder}/{name}", dtype, shapes.get(name, ()))
+            for name, dtype in STATISTICS_ARRAYS.items()
+        }
+        single = {name: value.item() for name, value in read.items() if name not in shapes}
+        return HookStatistics(**{**read, **single}, excluded=dict(self.manifest.excluded))
 
     def _whole_array(self, path: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         key = whole_array_key(path, len(shape))
@@ -286,26 +349,45 @@ class Store:
         return np.frombuffer(content, dtype=STORED_TYPES[dtype].carrier).reshape(shape)
 
     def _read_checked(self, key: str) -> bytes:
+        where = self.place.where(key)
         try:
-            content = (self.path / key).read_bytes()
+            content = self.place.read(key)
         except OSError as problem:
-            raise UserError(f"{self.path / key} cannot be read: {problem.strerror}; the store is damaged.") from None
+            raise UserError(f"{where} cannot be read: {problem.strerror or problem}; the store is damaged.") from None
         if checksum(content) != self.manifest.files[key]:
-            raise UserError(f"{self.path / key} is damaged: it does not match its checksum in the manifest.")
+            raise UserError(f"{where} is damaged: it does not match its checksum in the manifest.")
         return content
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
     def prefetch(self, hook: str, chunks: np.ndarray) -> None:
-        """Ask the system to read chunks (numbers of ``rows_per_chunk`` rows) from the disk; returns at once."""
+        """Begin to read chunks (numbers of ``rows_per_chunk`` rows) before their rows are wanted; returns at once."""
         array, per_shard = self.hook(hook).array, self.manifest.geometry.chunks_per_shard
+        if not self.is_mapped:
+            self._arena(array).prefetch(np.asarray(chunks))
+            return
         for chunk in chunks.tolist():
             self._shard(array, chunk // per_shard).prefetch(chunk % per_shard)
+
+    def reserve(self, rows: int) -> None:
+        """Keep the last ``rows`` rows of each array in memory if they cannot be mapped: what a mixing buffer needs."""
+        with self._lock:
+            if rows > self._kept_rows:
+                self._kept_rows = rows
+                self._arenas = {}
+
+    @cached_property
+    def is_mapped(self) -> bool:
+        """Whether rows are read through memory maps: an uncompressed store on a local disk."""
+        return self.place.root is not None and self.manifest.compression == "none"
 
     def _read(self, array: ArraySpec, start: int, stop: int) -> np.ndarray:
         self._check_range(start, stop)
         out = np.empty((stop - start, *array.row_shape), dtype=array.carrier)
         per_shard = self.manifest.geometry.rows_per_shard
+        if not self.is_mapped:
+            self._arena(array).take(np.arange(start, stop), out)
+            return out
         for number in range(start // per_shard, -(-stop // per_shard)):
             base = number * per_shard
             first, last = max(start, base), min(stop, base + per_shard)
@@ -317,6 +399,9 @@ class Store:
             raise IndexError(f"rows {indices.min()}..{indices.max()} asked for, the store has rows 0..{self.rows - 1}")
         if out is None:
             out = np.empty((len(indices), *array.row_shape), dtype=array.carrier)
+        if not self.is_mapped:
+            self._arena(array).take(indices, out)
+            return out
         per_shard = self.manifest.geometry.rows_per_shard
         numbers, within = np.divmod(indices, per_shard)
         if not len(indices) or (numbers[0] == numbers).all():
@@ -339,17 +424,81 @@ class Store:
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start}..{stop} asked for, the store has {self.rows} rows")
 
-    def _shard(self, array: ArraySpec, number: int) -> Shard:
+    def _shard(self, array: ArraySpec, number: int) -> MappedShard:
         key = (array.path, number)
         with self._lock:
-            shard = self._shards.get(key)
+            shard = self._mapped.get(key)
             if shard is None:
-                path = self.path / array.shard_key(number)
-                rows = self.manifest.geometry.rows_in_shard(number, self.rows)
-                shard = self._shards[key] = Shard(path, str(path), rows, array, self.manifest.geometry)
-                if len(self._shards) > MAPPED_SHARDS:
-                    self._shards.popitem(last=False)
+                shard = self._mapped[key] = self._map(array, number)
+                if len(self._mapped) > MAPPED_SHARDS:
+                    self._mapped.popitem(last=False)
             return shard
+
+    def _map(self, array: ArraySpec, number: int) -> MappedShard:
+        key = array.shard_key(number)
+        where = self.place.where(key)
+        try:
+            mapped = self.place.mapped(key)
+        except FileNotFoundError:
+            raise missing_shard(where) from None
+        except OSError as problem:
+            raise UserError(f"{where} cannot be read: {problem.strerror or problem}.") from None
+        except ValueError:
+            raise UserError(f"{where} is damaged: the file is empty.") from None
+        assert mapped is not None
+        self._check_shard(array, number, mapped)
+        rows = self.manifest.geometry.rows_in_shard(number, self.rows)
+        return MappedShard(mapped, where, rows, array, self.manifest.geometry)
+
+    def _index(self, array: ArraySpec, number: int) -> ShardIndex:
+        """Where the chunks of a shard that is not mapped lie. Two threads may read it at once; both get the same."""
+        known = self._indexes.get((array.path, number))
+        if known is not None:
+            return known
+        geometry, key = self.manifest.geometry, array.shard_key(number)
+        where = self.place.where(key)
+        try:
+            if self.verify_reads:
+                content = self.place.read(key)
+                self._check_shard(array, number, content)
+                tail, size = content[-index_bytes(geometry) :], len(content)
+            else:
+                tail, size = self.place.tail(key, index_bytes(geometry))
+        except FileNotFoundError:
+            raise missing_shard(where) from None
+        except OSError as problem:
+            raise UserError(f"{where} cannot be read: {problem.strerror or problem}.") from problem
+        rows = geometry.rows_in_shard(number, self.rows)
+        index = self._indexes[array.path, number] = ShardIndex.decode(tail, size, rows, geometry, where)
+        return index
+
+    def _check_shard(self, array: ArraySpec, number: int, content: np.ndarray | bytes) -> None:
+        if self.verify_reads and checksum(content) != self.manifest.shards[array.path][number]:
+            raise UserError(
+                f"{self.place.where(array.shard_key(number))} is damaged: it does not match its checksum in the "
+                "manifest. Nothing was read from it."
+            )
+
+    def _arena(self, array: ArraySpec) -> Arena:
+        with self._lock:
+            arena = self._arenas.get(array.path)
+            if arena is None:
+                geometry = self.manifest.geometry
+                arena = self._arenas[array.path] = Arena(
+                    self.place,
+                    array,
+                    geometry,
+                    chunks=-(-self.rows // geometry.rows_per_chunk),
+                    slots=-(-self._kept_rows // geometry.rows_per_chunk),
+                    decode=decoder(self.manifest.compression),
+                    index=self._index,
+                    pool=self._pool,
+                )
+            return arena
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="activation store fetcher")
 
 
 def as_tensor(rows: np.ndarray) -> torch.Tensor:
@@ -361,14 +510,25 @@ def as_tensor(rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def _read_manifest(path: Path) -> Manifest:
-    file = path / METADATA_FILE
+def read_manifest(place: Place) -> Manifest:
+    """The manifest of the store at ``place``.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
     try:
-        content = file.read_bytes()
+        content = place.read(METADATA_FILE)
     except FileNotFoundError:
-        raise UserError(f"There is no activation store at {path}; make one with `dictlearn harvest`.") from None
+        raise UserError(
+            f"There is no activation store at {place.location}; make one with `dictlearn harvest`."
+        ) from None
     except NotADirectoryError:
-        raise UserError(f"{path} is a file, not the folder of an activation store.") from None
+        raise UserError(f"{place.location} is a file, not the folder of an activation store.") from None
     except OSError as problem:
-        raise UserError(f"{file} cannot be read: {problem.strerror}.") from None
-    return Manifest.from_bytes(content, str(file))
+        raise UserError(f"{place.where(METADATA_FILE)} cannot be read: {problem.strerror or problem}.") from None
+    return Manifest.from_bytes(content, place.where(METADATA_FILE))
+
+
+def _refuse_damaged_metadata(place: Place, manifest: Manifest) -> None:
+    for damage in metadata_damages(place, manifest):
+        raise UserError(f"{place.where(damage.part)} is damaged: it {damage.problem}.")

@@ -8,61 +8,51 @@ that does not belong is named too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import xxhash
 
 from activation_store.errors import UserError
+from activation_store.metadata import SHARDS_OF_A_COMMIT, Damage, metadata_damages
+from activation_store.place import Place, open_place
 from activation_store.progress import NoProgress, Progress, Task
-from activation_store.spec import METADATA_FILE, OWNER_FILE, STAGING_FOLDER, ArraySpec, Manifest
-
-BLOCK_BYTES = 4 << 20
+from activation_store.spec import METADATA_FILE, OWNER_FILE, STAGING_FOLDER, STATISTICS, Manifest
 
 
-@dataclass(frozen=True)
-class Damage:
-    """One damaged part: its path within the store, and what is wrong with it."""
-
-    part: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.part}: {self.problem}"
-
-
-def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> list[Damage]:
+def verify(location: str | os.PathLike[str], progress: Progress | None = None) -> list[Damage]:
     """Every damaged part of a store, in a fixed order; an empty list when all is well.
 
     An unfinished store is checked as far as it has been committed.
 
     Args:
-        path: the store's folder.
+        location: the store's folder or URL.
         progress: told of the bytes read.
 
     Raises:
-        UserError: there is no store at ``path``.
+        UserError: there is no store at ``location``, or it cannot be reached.
     """
-    root = Path(path)
+    place = open_place(location)
     try:
-        content = (root / METADATA_FILE).read_bytes()
-    except OSError:
-        raise UserError(f"There is no activation store at {root}: nothing to verify.") from None
+        content = place.read(METADATA_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"There is no activation store at {place.location}: nothing to verify.") from None
+    except OSError as problem:
+        raise UserError(f"{place.where(METADATA_FILE)} cannot be read: {problem.strerror or problem}.") from None
     try:
         manifest = Manifest.from_bytes(content, METADATA_FILE)
     except UserError as refusal:
         return [Damage(METADATA_FILE, f"{refusal} Without the manifest nothing else can be checked.")]
     damages = [] if content == manifest.to_bytes() else [Damage(METADATA_FILE, "has been changed around the manifest")]
-    damages += _metadata_damages(root, manifest)
+    damages += metadata_damages(place, manifest)
     expected = dict(_checksummed(manifest))
-    total = sum(_size(root / key) for key in expected)
+    sizes = place.sizes()
+    total = sum(sizes.get(key, 0) for key in expected)
     with (progress or NoProgress()).task("Verifying", total=total, unit="B") as task:
         for key, (claimed, described) in expected.items():
-            problem = _content_problem(root / key, claimed, task)
-            if problem:
-                damages.append(Damage(key, problem + described))
-    return damages + _strays(root, manifest, {METADATA_FILE, *manifest.fixed_files(), *expected})
+            found = _content_problem(place, key, claimed, task)
+            if found:
+                damages.append(Damage(key, found + described))
+    return damages + _strays(sizes, manifest, {METADATA_FILE, *manifest.fixed_files(), *expected})
 
 
 def _checksummed(manifest: Manifest) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -76,56 +66,27 @@ def _checksummed(manifest: Manifest) -> Iterator[tuple[str, tuple[str, str]]]:
             yield array.shard_key(number), (claimed, f" (rows {first} to {last} of {array.path})")
 
 
-def _content_problem(file: Path, claimed: str, task: Task) -> str | None:
+def _content_problem(place: Place, key: str, claimed: str, task: Task) -> str | None:
     digest = xxhash.xxh3_64()
     try:
-        with file.open("rb") as opened:
-            while block := opened.read(BLOCK_BYTES):
-                digest.update(block)
-                task.advance(len(block))
+        for block in place.blocks(key):
+            digest.update(block)
+            task.advance(len(block))
     except FileNotFoundError:
         return "is missing"
     except OSError as problem:
-        return f"cannot be read: {problem.strerror}"
+        return f"cannot be read: {problem.strerror or problem}"
     return None if digest.hexdigest() == claimed else "does not match its checksum in the manifest"
 
 
-def _metadata_damages(root: Path, manifest: Manifest) -> Iterator[Damage]:
-    allowed = {key: {content} for key, content in manifest.fixed_files().items()}
+def _strays(found: Iterable[str], manifest: Manifest, known: set[str]) -> list[Damage]:
     if not manifest.complete:
-        # A commit changes the arrays' shapes just before the manifest: some may be one commit ahead.
-        for array in manifest.arrays:
-            allowed[array.metadata_key].add(_one_commit_ahead(array, manifest))
-    for key, contents in allowed.items():
-        try:
-            found = (root / key).read_bytes()
-        except OSError:
-            yield Damage(key, "is missing")
-            continue
-        if found not in contents:
-            yield Damage(key, "is not the metadata that was written")
-
-
-def _one_commit_ahead(array: ArraySpec, manifest: Manifest) -> bytes:
-    rows = min(manifest.rows + manifest.geometry.rows_per_shard, manifest.rows_planned)
-    return array.metadata(rows, manifest.geometry)
-
-
-def _strays(root: Path, manifest: Manifest, known: set[str]) -> list[Damage]:
-    if not manifest.complete:
-        known = known | {array.shard_key(manifest.committed_shards) for array in manifest.arrays}
+        shards = range(manifest.committed_shards, manifest.committed_shards + SHARDS_OF_A_COMMIT)
+        known = known | {array.shard_key(shard) for array in manifest.arrays for shard in shards}
     strays = []
-    for file in sorted(root.rglob("*")):
-        key = file.relative_to(root).as_posix()
+    for key in sorted(found):
         being_written = key == OWNER_FILE or key.startswith(f"{STAGING_FOLDER}/")
-        being_written = being_written or (not manifest.complete and key.startswith("statistics/"))
-        if file.is_file() and key not in known and not being_written:
+        being_written = being_written or (not manifest.complete and key.startswith(f"{STATISTICS}/"))
+        if key not in known and not being_written:
             strays.append(Damage(key, "does not belong to the store"))
     return strays
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0

@@ -1,8 +1,9 @@
 """Appending rows to a store, in commits that survive anything.
 
-A commit is one shard of every array. Its files are written under temporary names while the rows come in, then:
+A commit is one shard of every array (`activation_store.commit`). Its files are written under temporary names while the
+rows come in, then:
 
-1. every shard file is synced and renamed into place, and the folders are synced;
+1. every shard file is synced and put under its key;
 2. the running sums for the statistics go to the staging folder;
 3. the arrays' zarr.json get their new shapes;
 4. the manifest is replaced. Only now do the rows exist.
@@ -11,8 +12,8 @@ Killed before 4, the next run starts from the rows the manifest counts, throws t
 same bytes again over whatever 1 to 3 left behind. Nothing that is on disk at the end depends on when, where or how
 often the work was interrupted.
 
-Who writes is kept in ``.owner``, locked for as long as the writer lives, and removed with the staging folder when it
-closes: neither is part of the finished store.
+Who writes is kept in ``.owner`` for as long as the writer lives, and removed with the staging folder when it closes:
+neither is part of the finished store.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from activation_store.disk import Disk, default_disk
+from activation_store.codec import check_compression
+from activation_store.commit import Commit, Published, moments_of_shard
+from activation_store.disk import Disk
 from activation_store.errors import UserError
 from activation_store.moments import Moments
-from activation_store.ownership import Ownership
-from activation_store.shard import Shard, ShardWriter
+from activation_store.norms import summarise_norms
+from activation_store.place import Owner, Place, open_place
 from activation_store.spec import (
+    DOCUMENTS,
     METADATA_FILE,
     OWNER_FILE,
+    POSITIONS,
     STAGING_FOLDER,
+    TOKEN_IDS,
     Geometry,
     HookSpec,
     Manifest,
@@ -45,14 +50,22 @@ from activation_store.spec import (
     document_table_files,
     statistics_files,
 )
+from activation_store.store import Store
 
 DIFFERENCES_SHOWN = 4
+
+SUMS_ARE_STAGED_PER = 4
+"""The running sums are staged each time that this many times their bytes have been committed. At d = 4096 they take
+134 MB for each hook; after a kill those of later shards are computed again from the shards."""
+
+STAGED_SUMS = "sums-"
+"""In the staging folder: the sums over so many shards, and their checksum."""
 
 
 class StoreWriter:
     """Makes a store, or continues one that was left unfinished::
 
-        with StoreWriter(path, plan, hooks, geometry, provenance) as writer:
+        with StoreWriter("stores/gpt2.zarr", plan, hooks, geometry, provenance) as writer:
             for batch in batches_from(writer.next_row):
                 writer.append(rows, token_ids, positions, documents, first_row=batch.first_row)
             writer.finish()
@@ -60,12 +73,13 @@ class StoreWriter:
     Leaving the block without `finish` keeps every committed row; the rest is computed again by the next run.
 
     Args:
-        path: the store's folder; made if it is not there.
+        location: the store's folder, or a URL such as s3://bucket/name; made if it is not there.
         plan: what the store will hold. A continued store must have been made with the same plan.
         hooks: the arrays of activations, each with its shape and type.
         geometry: rows per chunk and per shard.
         provenance: any JSON that says what the rows are made from. No clock, host, pid or rank: it is part of what a
             rerun must repeat.
+        compression: "none", or "zstd".
         disk: the file system, for tests.
 
     Raises:
@@ -75,27 +89,29 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        location: str | os.PathLike[str] | Place,
         plan: StorePlan,
         hooks: Sequence[HookSpec],
         geometry: Geometry,
         provenance: Mapping[str, Any],
         *,
+        compression: str = "none",
         disk: Disk | None = None,
     ):
         plan.check()
+        check_compression(compression)
         if len({hook.name for hook in hooks}) != len(hooks) or not hooks:
             raise ValueError(f"a store needs at least one hook and no hook twice, not {[hook.name for hook in hooks]}")
-        self.path = Path(path)
+        self.place = open_place(location, disk)
         self.plan = plan
-        self._disk = disk or default_disk()
-        self._staging = self.path / STAGING_FOLDER
-        self._shards: dict[str, ShardWriter] = {}
-        self._owner: Ownership | None = None
+        self._commit: Commit | None = None
+        self._owner: Owner | None = None
+        self._sums: dict[str, Moments] = {}
+        self._staged_shards = 0
         self._interrupted = False
         self._first_rows = np.array([document.first_row for document in plan.documents], dtype=np.int64)
         with self._told_plainly():
-            self._open(Manifest.of_plan(plan, hooks, geometry, provenance))
+            self._open(Manifest.of_plan(plan, hooks, geometry, provenance, compression))
 
     # --- what a harvester uses ----------------------------------------------------------------------------------------
 
@@ -128,7 +144,7 @@ class StoreWriter:
         *,
         first_row: int | None = None,
     ) -> None:
-        """Add rows to every array; commits by itself each time a shard is full.
+        """Add rows to every array; commits by itself each time a shard is full, and after the last row of the plan.
 
         Args:
             rows: hook name -> (n, *shape) in the hook's type; bfloat16 as uint16 bits.
@@ -142,44 +158,48 @@ class StoreWriter:
         """
         first_row = self._next_row if first_row is None else first_row
         self._check(rows, token_ids, positions, documents, first_row)
-        columns = {hook.array.path: rows[hook.name] for hook in self._manifest.hooks}
-        columns |= {
-            name: np.asarray(values).astype(np.int32)
-            for name, values in (("token_ids", token_ids), ("positions", positions), ("documents", documents))
-        }
-        geometry = self._manifest.geometry
+        columns = self._columns(rows, token_ids, positions, documents)
         start, n = self._next_row - first_row, len(token_ids)
         with self._changing():
             while start < n:
-                part = slice(start, min(n, start + geometry.rows_per_shard - self._rows_in_hand))
-                self._begin_shard()
-                for path, column in columns.items():
-                    self._shards[path].append(column[part])
-                for hook in self._manifest.hooks:
-                    self._shard_moments[hook.name].update(rows[hook.name][part])
+                if self._commit is None:
+                    self._commit = self.begin(self._manifest.committed_shards)
+                part = slice(start, min(n, start + self._commit.room))
+                self._commit.append({path: column[part] for path, column in columns.items()})
                 self._next_row += part.stop - part.start
                 start = part.stop
-                if self._rows_in_hand == geometry.rows_per_shard:
-                    self._commit()
+                if not self._commit.room:
+                    published = self._commit.publish()
+                    self._commit = None
+                    self._add([published])
+
+    def begin(self, shard: int) -> Commit:
+        """The commit of a shard that is not there yet. For processes that share the work: fill it, `publish` it, and
+        hand what that gives to `add`, in the order of the shards."""
+        return Commit(self.place, self._manifest, shard)
+
+    def add(self, published: Sequence[Published]) -> None:
+        """Count the rows of the next shards, in their order. They become part of the store together."""
+        with self._changing():
+            self._add(published)
+        self._next_row = self._manifest.rows
 
     def finish(self) -> None:
-        """Commit the short tail, write the statistics, mark the store complete, and close. Repeating it is harmless."""
+        """Write the statistics, mark the store complete, and close. Repeating it is harmless."""
         if self._interrupted:
             raise ValueError("this writer was interrupted: open the store again")
         if self._next_row != self.plan.rows:
             raise ValueError(f"the plan has {self.plan.rows} rows, {self._next_row} were appended")
         with self._changing():
-            if self._rows_in_hand:
-                self._commit()
             if not self.complete:
                 self._complete()
         self.close()
 
     def close(self) -> None:
         """Let go of the store. Rows after the last commit are dropped; a finished store is swept of staging files."""
-        for shard in self._shards.values():
-            shard.close()
-        self._shards = {}
+        if self._commit is not None:
+            self._commit.discard()
+            self._commit = None
         if self._owner is None:
             return
         try:
@@ -198,207 +218,188 @@ class StoreWriter:
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def _open(self, wanted: Manifest) -> None:
-        manifest_file = self.path / METADATA_FILE
         self._refuse_foreign_folder()
-        self._read_same(manifest_file, wanted)
-        self._disk.make_folder(self.path)
-        self._owner = Ownership.take(self.path / OWNER_FILE, store=self.path)
+        self._read_same(wanted)
+        self._owner = self.place.own()
         try:
             # Read once more under the lock: the owner before us may have committed since.
-            existing = self._read_same(manifest_file, wanted)
+            existing = self._read_same(wanted)
             self._manifest = existing or wanted
             self._next_row = self._manifest.rows
             self._sweep()
             if not self._manifest.complete:
                 self._prepare(new=existing is None)
-                self._moments = self._load_moments()
+                self._load_sums()
         except BaseException:
             self._owner.release()
             self._owner = None
             raise
 
-    def _read_same(self, file: Path, wanted: Manifest) -> Manifest | None:
+    def _read_same(self, wanted: Manifest) -> Manifest | None:
         """The manifest on disk, if there is one; refused if it is not of the store we are asked to make."""
-        try:
-            existing = Manifest.from_bytes(file.read_bytes(), str(file))
-        except FileNotFoundError:
+        self._manifest_content = self._content(METADATA_FILE)
+        if self._manifest_content is None:
             return None
+        existing = Manifest.from_bytes(self._manifest_content, self.place.where(METADATA_FILE))
         found = differences(existing.identity(), wanted.identity())
         if found:
             shown = found[:DIFFERENCES_SHOWN]
             if len(found) > len(shown):
                 shown.append(f"and {len(found) - len(shown)} more")
             raise UserError(
-                f"{self.path} was made otherwise: {'; '.join(shown)}. "
+                f"{self.place.location} was made otherwise: {'; '.join(shown)}. "
                 "Name another store, or ask for the same as before to continue this one."
             )
         return existing
 
     def _refuse_foreign_folder(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; name a folder for the store.")
-        contents = {entry.name for entry in self.path.iterdir()}
+        contents = self.place.names()
         if contents - {OWNER_FILE, STAGING_FOLDER} and METADATA_FILE not in contents:
             raise UserError(
-                f"{self.path} is not empty and is not an activation store (it holds {min(contents)}); "
+                f"{self.place.location} is not empty and is not an activation store (it holds {min(contents)}); "
                 "name another folder for the store."
             )
 
     def _prepare(self, new: bool) -> None:
         """Bring all files that follow from the plan to what the manifest says; a kill may have come before them."""
-        self._disk.make_folder(self._staging)
         if new:
-            self._replace({METADATA_FILE: self._manifest.to_bytes()}, "manifest")
+            self._replace_manifest(self._manifest)
         wanted = document_table_files(self.plan.documents) | self._manifest.fixed_files()
-        self._replace({key: content for key, content in wanted.items() if self._content(key) != content}, "metadata")
+        self.place.replace(
+            {key: content for key, content in wanted.items() if self._content(key) != content}, "metadata"
+        )
 
     def _content(self, key: str) -> bytes | None:
         try:
-            return (self.path / key).read_bytes()
+            return self.place.read(key)
         except FileNotFoundError:
             return None
 
-    def _replace(self, contents: Mapping[str, bytes], subject: str, durable: bool = True) -> None:
-        for key in contents:
-            self._disk.make_folder((self.path / key).parent)
-        files = {self.path / key: content for key, content in contents.items()}
-        self._disk.replace(files, self._staging, subject, durable)
-
     # --- a commit -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _rows_in_hand(self) -> int:
-        return self._next_row - self._manifest.rows
-
-    def _begin_shard(self) -> None:
-        if self._shards:
-            return
-        self._shards = {
-            array.path: ShardWriter(self._disk, self._staging / f"shard-{i}", array, self._manifest.geometry)
-            for i, array in enumerate(self._manifest.arrays)
-        }
-        self._shard_moments = {hook.name: Moments(hook.d) for hook in self._manifest.hooks}
-
-    def _commit(self) -> None:
-        self._refuse_non_finite()
-        manifest = self._manifest
-        number = manifest.committed_shards
-        checksums = {path: shard.seal() for path, shard in self._shards.items()}
-        self._disk.sync([shard.file for shard in self._shards.values()], "shard")
-        targets = {array.path: self.path / array.shard_key(number) for array in manifest.arrays}
-        for path, shard in self._shards.items():
-            shard.close()
-            self._disk.rename(shard.temporary, targets[path], "shard")
-        self._disk.sync_folders((target.parent for target in targets.values()), "shard")
-        self._shards = {}
-        committed = replace(
-            manifest,
-            rows=self._next_row,
-            shards={path: [*before, checksums[path]] for path, before in manifest.shards.items()},
-        )
-        for hook in manifest.hooks:
-            self._moments[hook.name].merge(self._shard_moments[hook.name])
-        self._stage_moments(committed.rows)
-        shapes = {array.metadata_key: array.metadata(committed.rows, manifest.geometry) for array in manifest.arrays}
+    def _add(self, published: Sequence[Published]) -> None:
+        assert self._owner is not None
+        before = manifest = self._manifest
+        for part in published:
+            if part.shard != manifest.committed_shards:
+                raise ValueError(f"shard {part.shard} was handed over where {manifest.committed_shards} comes next")
+            manifest = replace(
+                manifest,
+                rows=manifest.rows + part.rows,
+                shards={path: [*sums, part.checksums[path]] for path, sums in manifest.shards.items()},
+            )
+            for hook in manifest.hooks:
+                self._sums[hook.name].merge(Moments.from_vector(hook.d, part.sums[hook.name]))
+        self._owner.check()
+        self._stage_sums(manifest)
         # Not synced: the manifest alone decides, and opening the store again writes whatever a power cut took.
-        self._replace(shapes, "metadata", durable=False)
-        self._replace({METADATA_FILE: committed.to_bytes()}, "manifest")
-        self._manifest = committed
-        self._disk.remove(self._moments_file(manifest.rows), "statistics")
-
-    def _refuse_non_finite(self) -> None:
-        for hook in self._manifest.hooks:
-            moments = self._shard_moments[hook.name]
-            moments.settle()
-            if moments.non_finite is not None:
-                raise UserError(
-                    f"Row {self._manifest.rows + moments.non_finite} of hook {hook.name} is not a finite number in "
-                    f"{hook.dtype}; the shard that holds it was not committed. float16 overflows above 65504: store as "
-                    "bfloat16 or float32, or look at what the model is given there."
-                )
+        self.place.replace(before.array_metadata(manifest.rows), "metadata", durable=False)
+        self._replace_manifest(manifest)
+        self._drop_old_sums()
 
     def _complete(self) -> None:
-        manifest = self._manifest
         files: dict[str, bytes] = {}
-        for hook in manifest.hooks:
-            moments = self._moments[hook.name]
+        store = Store(self.place, self._manifest)
+        for hook in self._manifest.hooks:
+            sums = self._sums[hook.name]
+            median_norm, norm_outliers = summarise_norms(store, hook.name)
             files |= statistics_files(
                 hook.name,
                 {
-                    "count": moments.count,
-                    "mean": moments.mean,
-                    "second_moment": moments.second_moment,
-                    "mean_norm": moments.mean_norm,
+                    "count": sums.count,
+                    "mean": sums.mean,
+                    "mean_square": sums.mean_square,
+                    "second_moment": sums.second_moment,
+                    "second_moment_rows": sums.outer_count,
+                    "mean_norm": sums.mean_norm,
+                    "median_norm": median_norm,
+                    "norm_outliers": norm_outliers,
                 },
             )
         completed = replace(
-            manifest, complete=True, files=manifest.files | {key: checksum(content) for key, content in files.items()}
+            self._manifest,
+            complete=True,
+            files=self._manifest.files | {key: checksum(content) for key, content in files.items()},
         )
-        self._replace(completed.fixed_files() | files, "statistics")
-        self._replace({METADATA_FILE: completed.to_bytes()}, "manifest")
-        self._manifest = completed
+        self.place.replace(completed.fixed_files() | files, "statistics")
+        self._replace_manifest(completed)
+
+    def _replace_manifest(self, manifest: Manifest) -> None:
+        content = manifest.to_bytes()
+        self.place.commit(METADATA_FILE, content, expected=self._manifest_content)
+        self._manifest, self._manifest_content = manifest, content
 
     # --- the sums behind the statistics -------------------------------------------------------------------------------
 
-    def _moments_file(self, rows: int) -> Path:
-        return self._staging / f"moments-{rows}"
+    def _stage_sums(self, manifest: Manifest) -> None:
+        """Now and then keep the sums over all rows beside the store, with a checksum. They can be computed again."""
+        sums_bytes = sum(8 * Moments.vector_length(hook.d) for hook in manifest.hooks)
+        shard_bytes = manifest.geometry.rows_per_shard * sum(array.row_bytes for array in manifest.arrays)
+        if manifest.committed_shards - self._staged_shards < SUMS_ARE_STAGED_PER * sums_bytes / shard_bytes:
+            return
+        content = np.concatenate([self._sums[hook.name].to_vector() for hook in manifest.hooks]).tobytes()
+        key = _staged_key(manifest.committed_shards)
+        self.place.replace({key: content + checksum(content).encode()}, "statistics", durable=False)
+        self._staged_shards = manifest.committed_shards
 
-    def _stage_moments(self, rows: int) -> None:
-        """Keep the sums up to ``rows`` beside the store, with a checksum. Not synced: they can be computed again."""
-        content = np.concatenate([self._moments[hook.name].to_vector() for hook in self._manifest.hooks]).tobytes()
-        file = self._disk.create(self._moments_file(rows))
-        try:
-            self._disk.write(file, content + checksum(content).encode(), "statistics")
-        finally:
-            os.close(file)
+    def _drop_old_sums(self) -> None:
+        """Of the staged sums keep the last: called once the manifest counts the rows they are over."""
+        old = sorted(_staged_shards(self.place.names(STAGING_FOLDER)) - {self._staged_shards})
+        self.place.remove([_staged_key(shards) for shards in old], "statistics")
 
-    def _load_moments(self) -> dict[str, Moments]:
-        """The sums over all committed rows: as staged, or from the shards if the staged ones are lost or torn."""
-        with contextlib.suppress(OSError):
-            content = self._moments_file(self._manifest.rows).read_bytes()
-            content, claimed = content[:-16], content[-16:].decode(errors="replace")
-            if claimed == checksum(content):
-                return self._split_moments(np.frombuffer(content, dtype=np.float64))
-        return {hook.name: self._moments_from_shards(hook) for hook in self._manifest.hooks}
-
-    def _split_moments(self, vector: np.ndarray) -> dict[str, Moments]:
-        moments, start = {}, 0
-        for hook in self._manifest.hooks:
-            stop = start + 2 + hook.d + hook.d * hook.d
-            moments[hook.name] = Moments.from_vector(hook.d, vector[start:stop])
-            start = stop
-        return moments
-
-    def _moments_from_shards(self, hook: HookSpec) -> Moments:
+    def _load_sums(self) -> None:
+        """The sums over all committed rows: as last staged, and those of later shards from the shards themselves."""
         manifest = self._manifest
-        moments = Moments(hook.d)
-        for number in range(manifest.committed_shards):
-            rows = manifest.geometry.rows_in_shard(number, manifest.rows)
-            key = hook.array.shard_key(number)
-            shard = Shard(self.path / key, str(self.path / key), rows, hook.array, manifest.geometry)
-            of_shard = Moments(hook.d)
-            for start in range(0, rows, manifest.geometry.rows_per_chunk):
-                stop = min(rows, start + manifest.geometry.rows_per_chunk)
-                content = np.empty((stop - start, *hook.shape), dtype=hook.array.carrier)
-                shard.read(start, stop, content)
-                of_shard.update(content)
-            moments.merge(of_shard)
-        return moments
+        self._staged_shards, self._sums = 0, {hook.name: Moments(hook.d) for hook in manifest.hooks}
+        for shards in sorted(_staged_shards(self.place.names(STAGING_FOLDER)), reverse=True):
+            vector = self._staged_vector(shards) if shards <= manifest.committed_shards else None
+            if vector is not None:
+                self._staged_shards, self._sums = shards, self._split(vector)
+                break
+        store = Store(self.place, manifest)
+        for shard in range(self._staged_shards, manifest.committed_shards):
+            for hook in manifest.hooks:
+                self._sums[hook.name].merge(self._sums_of_committed(store, hook, shard))
+
+    def _staged_vector(self, shards: int) -> np.ndarray | None:
+        content = self._content(_staged_key(shards)) or b""
+        content, claimed = content[:-16], content[-16:].decode(errors="replace")
+        return np.frombuffer(content, dtype=np.float64) if claimed == checksum(content) else None
+
+    def _split(self, vector: np.ndarray) -> dict[str, Moments]:
+        hooks = self._manifest.hooks
+        ends = np.cumsum([Moments.vector_length(hook.d) for hook in hooks])
+        parts = np.split(vector, ends[:-1])
+        return {hook.name: Moments.from_vector(hook.d, part) for hook, part in zip(hooks, parts, strict=True)}
+
+    def _sums_of_committed(self, store: Store, hook: HookSpec, shard: int) -> Moments:
+        geometry = self._manifest.geometry
+        first = shard * geometry.rows_per_shard
+        stop = first + geometry.rows_in_shard(shard, store.rows)
+        sums = moments_of_shard(self._manifest, hook, shard)
+        for start in range(first, stop, geometry.rows_per_chunk):
+            sums.update(store.read_rows(hook.name, start, min(stop, start + geometry.rows_per_chunk)))
+        return sums
 
     # --- order in the house -------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
         """Remove temporary files; of a finished store, the whole staging folder."""
-        if not self._staging.exists():
-            return
         if self._manifest.complete:
-            self._disk.remove(self._staging, "staging")
+            self.place.remove([STAGING_FOLDER], "staging")
             return
-        for entry in self._staging.iterdir():
-            if entry != self._moments_file(self._manifest.rows):
-                self._disk.remove(entry, "staging")
+        names = self.place.names(STAGING_FOLDER)
+        swept = sorted(name for name in names if not name.startswith(STAGED_SUMS))
+        self.place.remove([f"{STAGING_FOLDER}/{name}" for name in swept], "staging")
+
+    def _columns(
+        self, rows: Mapping[str, np.ndarray], token_ids: np.ndarray, positions: np.ndarray, documents: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What `append` was given, by the path of the array it goes to: what `Commit.append` takes."""
+        about = {TOKEN_IDS: token_ids, POSITIONS: positions, DOCUMENTS: documents}
+        return {hook.array.path: rows[hook.name] for hook in self._manifest.hooks} | {
+            name: np.asarray(values).astype(np.int32) for name, values in about.items()
+        }
 
     def _check(
         self,
@@ -454,16 +455,28 @@ class StoreWriter:
         try:
             yield
         except OSError as problem:
+            committed = f"The {self._committed_or_none():,} rows committed so far are safe"
             if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-                # The unfinished shard is what fills the disk: give its space back at once.
-                for shard in self._shards.values():
-                    with contextlib.suppress(OSError):
-                        shard.temporary.unlink()
+                if self._commit is not None:  # it is what fills the disk: give its space back at once
+                    self._commit.discard()
                 raise UserError(
-                    f"The disk of {self.path} is full. The {self._committed_or_none()} rows committed so far are safe: "
-                    "free some space and run the same command again."
+                    f"The disk of {self.place.location} is full. {committed}: free some space and run the same command "
+                    "again."
                 ) from problem
-            raise UserError(f"{self.path} cannot be written: {problem.strerror or problem}.") from problem
+            raise UserError(
+                f"{self.place.location} cannot be written: {problem.strerror or problem}. {committed}, and the same "
+                "command continues from there."
+            ) from problem
 
     def _committed_or_none(self) -> int:
         return self._manifest.rows if hasattr(self, "_manifest") else 0
+
+
+def _staged_key(shards: int) -> str:
+    return f"{STAGING_FOLDER}/{STAGED_SUMS}{shards}"
+
+
+def _staged_shards(names: set[str]) -> set[int]:
+    """The numbers in the names of staged sums: over how many shards they are."""
+    numbers = (name.removeprefix(STAGED_SUMS) for name in names if name.startswith(STAGED_SUMS))
+    return {int(number) for number in numbers if number.isdigit()}

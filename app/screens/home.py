@@ -97,7 +97,7 @@ def about_store(store: Store) -> str:
 def train(store: Store) -> str:
     if not store.complete:
         return "run its `dictlearn harvest` again to finish it"
-    return f"dictlearn train --name sae --store {store.path.stem} --hook {next(iter(store.hooks))}"
+    return f"dictlearn train --name sae --store {store.name} --hook {next(iter(store.hooks))}"
 
 
 def about_run(run: RunHistory) -> str:

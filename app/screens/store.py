@@ -84,7 +84,7 @@ def about(store: Store) -> list[Block]:
     """What it is, in numbers."""
     manifest, made_from = store.manifest, store.manifest.provenance
     page = [
-        heading(store.path.stem),
+        heading(store.name),
         facts(
             [
                 ("rows", f"{store.rows:,}", "one row is one token position"),

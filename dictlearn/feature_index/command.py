@@ -100,12 +100,12 @@ def check(config: IndexConfig, workspace: Workspace) -> tuple[IndexWork, IndexPl
     rows = min(store.rows, config.rows or store.rows)
     if rows > MOST_ROWS:
         raise UserError(
-            f"The store {store.path.name!r} has {rows:,} rows; an index holds at most {MOST_ROWS:,}, so set rows."
+            f"The store {store.name!r} has {rows:,} rows; an index holds at most {MOST_ROWS:,}, so set rows."
         )
     model = resolve_model(trained_on["model"]["name"])
     if model.fingerprint != trained_on["model"]["fingerprint"]:
         raise UserError(
-            f"The model {model.name!r} has changed since the store {store.path.name!r} was harvested from it (its "
+            f"The model {model.name!r} has changed since the store {store.name!r} was harvested from it (its "
             "config or weights have another fingerprint); restore it, or harvest and train again."
         )
     made_from = MadeFrom(
@@ -206,7 +206,7 @@ def _check_numbers(config: IndexConfig) -> None:
 
 
 def _check_store(store: Store, run: str, trained_on: dict[str, Any], d_in: int) -> None:
-    name = store.path.name
+    name = store.name
     made_by = store.provenance["model"]
     if made_by["fingerprint"] != trained_on["model"]["fingerprint"]:
         raise UserError(

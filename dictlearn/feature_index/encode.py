@@ -148,7 +148,7 @@ def _batches(
         if not np.isfinite(values_BK).all():
             row = first + int(np.argmax(~np.isfinite(values_BK).all(axis=1)))
             raise UserError(
-                f"Row {row} of the store {store.path.name!r} gives an activation that is not a number; verify the "
+                f"Row {row} of the store {store.name!r} gives an activation that is not a number; verify the "
                 "store with `dictlearn store verify`, and look at the run's loss."
             )
         indices_BK = codes.indices.to(torch.int32).cpu().numpy()

@@ -72,12 +72,12 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     model = store.manifest.provenance["model"]
     if model["fingerprint"] != made_from["model"]["fingerprint"]:
         raise UserError(
-            f"The store {store.path.name!r} was made by the model {model['name']!r}, the run {config.run!r} was "
+            f"The store {store.name!r} was made by the model {model['name']!r}, the run {config.run!r} was "
             f"trained on {made_from['model']['name']!r}; name a store of that model."
         )
     for hook in (made_from["hook_in"], made_from["hook_out"]):
         if hook not in store.hooks:
-            raise UserError(f"The store {store.path.name!r} has no hook {hook!r}, which the run {config.run!r} needs.")
+            raise UserError(f"The store {store.name!r} has no hook {hook!r}, which the run {config.run!r} needs.")
     there = read_evaluation(files)
     if there is not None and (there.store_fingerprint, there.asked) == (store.fingerprint, asked(config)):
         return there

@@ -40,7 +40,7 @@ def evaluate(config: EvaluateConfig, files: RunFiles, store: Store, progress: Pr
         downstream = asdict(downstream_on_store(dictionary, store, config.tokens, progress))
     return Evaluation(
         run=files.name,
-        store=store.path.stem,
+        store=store.name,
         store_fingerprint=store.fingerprint,
         asked=asked(config),
         hook_in=hook_in,

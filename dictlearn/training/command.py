@@ -116,7 +116,7 @@ def check(config: TrainConfig[Any], workspace: Workspace) -> tuple[Store, Store,
 def _width(store: Store, hook: str) -> int:
     if hook not in store.hooks:
         raise UserError(
-            f"The store {store.path.name!r} has no hook {hook!r}; it holds {', '.join(store.hooks)}. "
+            f"The store {store.name!r} has no hook {hook!r}; it holds {', '.join(store.hooks)}. "
             "Choose one of them, or harvest the hook."
         )
     return store.d(hook)

@@ -23,6 +23,7 @@ def read_everything(path):
     store = open_store(path)
     for hook in store.hooks:
         store.read_rows(hook, 0, store.rows)
+        store.norms(hook, 0, store.rows)
         store.statistics(hook)
     for name in ("token_ids", "positions", "documents"):
         getattr(store, name)(0, store.rows)

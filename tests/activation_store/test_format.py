@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store.bfloat16 import register
-from activation_store.disk import Disk
 from activation_store.errors import UserError
-from activation_store.shard import ABSENT, Shard, ShardWriter, encode_index
-from activation_store.spec import STORED_TYPES, ArraySpec, Geometry, HookSpec, array_metadata
+from activation_store.local_folder import LocalFolder
+from activation_store.shard import ABSENT, MappedShard, ShardWriter, encode_index
+from activation_store.spec import FORMAT_VERSION, STORED_TYPES, ArraySpec, Geometry, HookSpec, array_metadata
 from activation_store.testing import files_of
 from tests.activation_store import small_store
 from tests.activation_store.small_store import HOOKS, ROWS, stored
@@ -56,7 +56,7 @@ def test_chunks_of_zeros_are_written_too(small_path):
 
 def test_the_manifest_says_what_the_store_is(group):
     manifest = group.attrs["activation_store"]
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == FORMAT_VERSION
     assert manifest["rows"] == ROWS and manifest["complete"]
     assert [hook["name"] for hook in manifest["hooks"]] == [hook.name for hook in HOOKS]
 
@@ -64,13 +64,13 @@ def test_the_manifest_says_what_the_store_is(group):
 def test_the_files_match_the_pinned_checksum(small, small_path):
     """The format on disk. If this fails, existing stores read or continue differently: raise the format version.
 
-    Without the statistics (their last bits belong to the machine) and so without the manifest that has their checksums.
+    Without the statistics and norms (their last bits belong to the machine), and so without the manifest, which has
+    their checksums.
     """
-    files = {
-        key: file for key, file in files_of(small_path).items() if not key.startswith(("statistics/", "zarr.json"))
-    }
+    left_out = ("statistics/", "norms/", "zarr.json")
+    files = {key: file for key, file in files_of(small_path).items() if not key.startswith(left_out)}
     digest = hashlib.sha256(b"".join(key.encode() + file for key, file in files.items())).hexdigest()
-    assert (small.fingerprint[:23], digest[:16]) == ("sha256:363f2c85f8f17966", "677830d99afbcaa9")
+    assert (small.fingerprint[:23], digest[:16]) == ("sha256:9607d9e4230c075d", "677830d99afbcaa9")
 
 
 @pytest.mark.parametrize("dtype", STORED_TYPES)
@@ -87,8 +87,12 @@ def test_every_type_of_the_table_is_one_that_zarr_knows(dtype, tmp_path):
 ZERO_CHUNKS = st.lists(st.booleans(), min_size=4, max_size=4)
 
 
+def opened(path, array, rows, name="the shard"):
+    return MappedShard(np.memmap(path, dtype=np.uint8, mode="r"), name, rows, array, GEOMETRY)
+
+
 def read_back(path, array, rows, start=0):
-    shard = Shard(path, "the shard", rows, array, GEOMETRY)
+    shard = opened(path, array, rows)
     read = np.empty((rows - start, *array.row_shape), dtype=array.carrier)
     shard.read(start, rows, read)
     order = np.random.default_rng(rows).permutation(rows)
@@ -105,7 +109,7 @@ def test_shards_written_by_zarr_python_read_the_same(tmp_path_factory, rows, zer
     array = ArraySpec("x", (2, 3), "float32")
     values = np.random.default_rng(rows).normal(size=(rows, 2, 3)).astype(np.float32)
     values[np.repeat(zero, 4)[:rows]] = 0
-    metadata = json.loads(array.metadata(rows, GEOMETRY))
+    metadata = json.loads(array.metadata(rows, GEOMETRY, "none"))
     (folder / "zarr.json").write_text(json.dumps(metadata))
     zarr.open_array(folder, mode="r+")[:] = values
     path = folder / "c.0.0.0"
@@ -144,11 +148,12 @@ def test_our_own_shards_read_back_and_are_one_contiguous_array(tmp_path_factory,
     path = tmp_path_factory.mktemp("shard") / "shard"
     array = ArraySpec("x", (3,), "bfloat16")
     values = np.random.default_rng(rows).integers(0, 2**16, (rows, 3), dtype=np.uint16)
-    writer = ShardWriter(Disk(), path, array, GEOMETRY)
+    place = LocalFolder(path.parent)
+    writer = ShardWriter(place.create("x", "shard"), array, GEOMETRY, "none")
     writer.append(values[:cut])
     writer.append(values[cut:])
     writer.seal()
-    writer.close()
+    place.publish({path.name: writer.file}, "shard")
     read, taken, order = read_back(path, array, rows)
     assert np.array_equal(read, values)
     assert np.array_equal(taken, values[order])
@@ -163,10 +168,10 @@ def test_an_index_that_points_outside_the_file_is_refused(tmp_path, offset):
     path = tmp_path / "shard"
     path.write_bytes(bytes(64) + encode_index(index))
     if offset + 16 <= 64:
-        Shard(path, "c.0", 3, array, GEOMETRY)
+        opened(path, array, 3, "c.0")
     else:
         with pytest.raises(UserError, match=r"c\.0 is damaged: its index points to chunks that are not in the file"):
-            Shard(path, "c.0", 3, array, GEOMETRY)
+            opened(path, array, 3, "c.0")
 
 
 # --- what cannot be stored --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store.bfloat16 import from_float32, to_float32
-from activation_store.moments import BLOCK_ROWS, Moments
+from activation_store.moments import BLOCK_ROWS, ROWS_PER_DIMENSION, Moments, second_moment_stride
 
 
 def of(rows: np.ndarray, cuts: list[int] | None = None) -> Moments:
@@ -25,7 +25,39 @@ def test_they_are_the_moments_of_all_rows():
     assert np.allclose(moments.mean, rows.mean(axis=0), rtol=1e-13)
     assert moments.count == len(rows)
     assert np.allclose(moments.second_moment, rows.T @ rows / len(rows), rtol=1e-13)
+    assert moments.outer_count == len(rows)
+    assert np.allclose(moments.mean_square, (rows**2).mean(axis=0), rtol=1e-13)
     assert moments.mean_norm == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-13)
+
+
+def test_every_nth_block_goes_into_the_second_moment_and_all_into_the_rest():
+    rows = np.random.default_rng(6).normal(size=(4 * BLOCK_ROWS + 300, 3))
+    whole = Moments(3, stride=3)
+    whole.update(rows)
+    parts = Moments(3)
+    for first_block in range(5):  # as the shards of a store do
+        part = Moments(3, stride=3, first_block=first_block)
+        part.update(rows[first_block * BLOCK_ROWS : (first_block + 1) * BLOCK_ROWS])
+        parts.merge(part)
+    chosen = np.concatenate([rows[:BLOCK_ROWS], rows[3 * BLOCK_ROWS : 4 * BLOCK_ROWS]])
+    for moments in (whole, parts):
+        moments.settle()
+        assert (moments.count, moments.outer_count) == (len(rows), 2 * BLOCK_ROWS)
+        assert np.allclose(moments.second_moment, chosen.T @ chosen / len(chosen), rtol=1e-13)
+        assert np.allclose(moments.mean, rows.mean(axis=0), rtol=1e-12)
+
+
+@given(st.integers(1, 10**9), st.integers(1, 20_000))
+def test_the_second_moment_has_at_least_256_rows_for_each_dimension_if_the_store_has(rows, d):
+    assert rows // second_moment_stride(rows, d) >= min(rows, ROWS_PER_DIMENSION * d)
+
+
+def test_row_norms_are_handed_over_once_in_order():
+    rows = np.random.default_rng(7).normal(size=(BLOCK_ROWS + 9, 4))
+    moments = Moments(4)
+    moments.update(rows)
+    assert np.allclose(moments.take_row_norms(), np.linalg.norm(rows, axis=1), rtol=1e-6)
+    assert not len(moments.take_row_norms())
 
 
 @settings(max_examples=25)

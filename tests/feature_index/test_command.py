@@ -58,7 +58,7 @@ def test_a_store_of_another_model(workspace) -> None:
     (other / "model.safetensors").write_bytes(b"other weights")
     make_store(workspace, "other", [40], model=other)
     sentence = refusal(replace(CONFIG, store="other"), workspace)
-    assert "The store 'other.zarr' was made by the model" in sentence and "name a store of that model" in sentence
+    assert "The store 'other' was made by the model" in sentence and "name a store of that model" in sentence
 
 
 def test_a_store_without_the_hook(workspace) -> None:
@@ -76,7 +76,7 @@ def test_a_store_that_is_still_growing(workspace) -> None:
 def test_a_model_that_has_changed_or_is_gone(workspace) -> None:
     model = workspace.root / "model"
     (model / "model.safetensors").write_bytes(b"trained further")
-    assert "has changed since the store 'store.zarr' was harvested" in refusal(CONFIG, workspace)
+    assert "has changed since the store 'store' was harvested" in refusal(CONFIG, workspace)
     shutil.rmtree(model)
     assert "There is no model" in refusal(CONFIG, workspace)
 
@@ -136,7 +136,7 @@ def test_activations_that_are_no_numbers(workspace) -> None:
     tensors = load_file(weights)
     tensors["b_enc"][3] = torch.inf
     save_file(tensors, weights)
-    assert "Row 0 of the store 'store.zarr' gives an activation that is not a number" in refusal(CONFIG, workspace)
+    assert "Row 0 of the store 'store' gives an activation that is not a number" in refusal(CONFIG, workspace)
 
 
 def test_a_damaged_dictionary(workspace) -> None:

@@ -1,0 +1,104 @@
+"""A commit in the making: one shard of every array, with the sums over its rows.
+
+`Commit` writes under temporary names; `publish` puts the shard files under their keys, where nobody sees them until the
+manifest counts their rows (`activation_store.writer`). Several processes may each make the commit of another shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from activation_store.errors import UserError
+from activation_store.moments import BLOCK_ROWS, Moments, second_moment_stride
+from activation_store.place import Place
+from activation_store.shard import ShardWriter
+from activation_store.spec import HookSpec, Manifest
+
+
+@dataclass(frozen=True)
+class Published:
+    """A shard of every array whose files are in place: what the manifest needs to count its rows.
+
+    Attributes:
+        shard: its number.
+        rows: in it.
+        checksums: array path -> checksum of the shard's file.
+        sums: hook name -> `Moments.to_vector` of its rows.
+    """
+
+    shard: int
+    rows: int
+    checksums: dict[str, str]
+    sums: dict[str, np.ndarray]
+
+
+def moments_of_shard(manifest: Manifest, hook: HookSpec, shard: int) -> Moments:
+    """Empty sums for the rows of one shard, which know which blocks go into the second moment."""
+    blocks_per_shard = -(-manifest.geometry.rows_per_shard // BLOCK_ROWS)
+    stride = second_moment_stride(manifest.rows_planned, hook.d)
+    return Moments(hook.d, stride, first_block=shard * blocks_per_shard)
+
+
+class Commit:
+    """Shard number ``shard`` of every array of ``manifest``, at ``place``."""
+
+    def __init__(self, place: Place, manifest: Manifest, shard: int):
+        self.shard = shard
+        self.rows = 0
+        self._place = place
+        self._manifest = manifest
+        self._shards = {
+            array.path: ShardWriter(
+                place.create(f"shard-{shard}-{i}", "shard"), array, manifest.geometry, manifest.compression
+            )
+            for i, array in enumerate(manifest.arrays)
+        }
+        self._moments = {hook.name: moments_of_shard(manifest, hook, shard) for hook in manifest.hooks}
+
+    @property
+    def room(self) -> int:
+        """Rows that still fit."""
+        return self._manifest.geometry.rows_in_shard(self.shard, self._manifest.rows_planned) - self.rows
+
+    def append(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Add rows: the path of each array but the norms -> (n, *row_shape) in its carrier type."""
+        for path, column in columns.items():
+            self._shards[path].append(column)
+        for hook in self._manifest.hooks:
+            self._moments[hook.name].update(columns[hook.array.path])
+        self.rows += len(next(iter(columns.values())))
+
+    def publish(self) -> Published:
+        """Finish the shard files and put them under their keys.
+
+        Raises:
+            UserError: an activation that is not a finite number.
+        """
+        self._refuse_non_finite()
+        for hook in self._manifest.hooks:
+            self._shards[hook.norms.path].append(self._moments[hook.name].take_row_norms())
+        checksums = {path: shard.seal() for path, shard in self._shards.items()}
+        keys = {array.path: array.shard_key(self.shard) for array in self._manifest.arrays}
+        self._place.publish({keys[path]: shard.file for path, shard in self._shards.items()}, "shard")
+        sums = {name: moments.to_vector() for name, moments in self._moments.items()}
+        return Published(self.shard, self.rows, checksums, sums)
+
+    def discard(self) -> None:
+        """Give the shard files up."""
+        for shard in self._shards.values():
+            shard.file.discard()
+
+    def _refuse_non_finite(self) -> None:
+        for hook in self._manifest.hooks:
+            moments = self._moments[hook.name]
+            moments.settle()
+            if moments.non_finite is not None:
+                row = self.shard * self._manifest.geometry.rows_per_shard + moments.non_finite
+                raise UserError(
+                    f"Row {row} of hook {hook.name} is not a finite number in {hook.dtype}; the shard that holds it "
+                    "was not committed. float16 overflows above 65504: store as bfloat16 or float32, or look at what "
+                    "the model is given there."
+                )
