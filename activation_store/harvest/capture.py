@@ -2,7 +2,8 @@
 
 Names are those that were asked for: the Bridge fires ``attn.hook_z`` under the name ``attn.o.hook_in``, and what is
 asked for is what comes back. When every hook has fired, the pass is ended from inside the last one with the Bridge's
-own signal for stopping early, so neither the rest of that block nor the unembedding is computed.
+own signal for stopping early, so neither the rest of that block nor the unembedding is computed. The same activations
+can be had sooner from the model's own modules, without the Bridge: see modules.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
+    from activation_store.harvest.modules import HookedModules
+
 
 class Capture:
     """Reads ``hooks`` (name -> shape of one token's activation) from ``bridge``; use as a context manager.
@@ -23,7 +26,9 @@ class Capture:
     Legend: B windows, C tokens in a window, N rows kept.
     """
 
-    def __init__(self, bridge: TransformerBridge, hooks: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, bridge: TransformerBridge | HookedModules, hooks: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> None:
         self.bridge = bridge
         self.hooks = dict(hooks)
         self.dtype = dtype
@@ -62,12 +67,17 @@ class Capture:
             UserError: when a hook did not fire, has another shape than the config says, or gave a value that is not
                 finite or does not fit ``dtype``.
         """
+        rows = self.peek(tokens_BC, kept_N)
+        self.forward_passes += 1
+        return rows
+
+    def peek(self, tokens_BC: torch.Tensor, kept_N: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """`run`, for a look that is no part of the harvest and not counted as a forward pass of it."""
         import torch
 
         self._rows, self._kept, self._positions = {}, kept_N, tuple(tokens_BC.shape)
         with torch.inference_mode():
             self.bridge(tokens_BC, return_type=None, use_cache=False)
-        self.forward_passes += 1
         for hook in self.hooks:
             if hook not in self._rows:
                 raise UserError(

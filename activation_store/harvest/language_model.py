@@ -27,6 +27,7 @@ from activation_store.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 ENTRY_POINT_GROUP = "dictlearn.language_models"
@@ -173,7 +174,11 @@ class Site:
     after_blocks: bool = False
 
 
-_PAIRS = "it has one number per pair of positions, and a row of a store is one position"
+_PAIRS = (
+    "it has one number per pair of positions, so its width changes with the context, and a row of a store is one "
+    "position; harvest blocks.{layer}.attn.hook_z, which is what each head moves, and look at the patterns of single "
+    "texts with TransformerLens' run_with_cache"
+)
 _OFF = "TransformerLens leaves it switched off; "
 _HEADS, _KV_HEADS, _MLP = ("n_heads", "d_head"), ("n_kv_heads", "d_head"), ("d_mlp",)
 
@@ -531,6 +536,25 @@ def load_language_model(spec: ModelSpec, device: str = "cpu", dtype: str = "floa
     bridge.eval()
     bridge.requires_grad_(False)
     return bridge
+
+
+def load_modules(
+    spec: ModelSpec, model_class: type[PreTrainedModel], device: str = "cpu", dtype: str = "float32"
+) -> PreTrainedModel:
+    """The model as transformers itself loads it, with the attention it finds best, in evaluation mode, no gradients.
+
+    ``model_class`` is that of the model inside the Bridge; the weights are the same, read from the same files.
+    """
+    import torch
+
+    with _quiet(), _local_only(spec.folder is not None):
+        model = model_class.from_pretrained(
+            spec.name if spec.folder is None else str(spec.folder),
+            dtype=getattr(torch, dtype),
+            revision=spec.revision or "main",
+        )
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager

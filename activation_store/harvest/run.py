@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,6 @@ from activation_store.harvest.batches import Batch, BatchPlan, plan_batches
 from activation_store.harvest.corpus import Corpus, is_held_out, open_corpus
 from activation_store.harvest.language_model import (
     ModelSpec,
-    load_language_model,
     load_tokenizer,
     resolve_model,
     tokenizer_fingerprint,
@@ -49,6 +48,7 @@ from activation_store.spec import (
 from activation_store.writer import StoreWriter
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
     from activation_store.harvest.capture import Capture
@@ -98,6 +98,10 @@ class HarvestConfig:
 
     model_dtype: str = "float32"
     """Type the model computes in: float32, bfloat16 or float16."""
+
+    capture: str = "auto"
+    """Where activations are read: in the TransformerLens bridge, in the modules of Hugging Face's transformers, which
+    compute them sooner, or auto, the modules where they have the hooks and the first batch is as the Bridge's."""
 
     device: str = "auto"
     """Where the model runs: cpu, cuda, cuda:1, or auto, which is cuda where there is one and else cpu."""
@@ -216,6 +220,8 @@ class Request:
     existing: Manifest | None
     corpus: Corpus
     tokenizer: Tokenizer
+    capture: str
+    """The way of reading activations, for which "auto" is a question still open: the first batch will answer it."""
 
     @classmethod
     def of(cls, config: HarvestConfig) -> Request:
@@ -233,7 +239,8 @@ class Request:
             _refuse_full_disk(config.store, config.tokens, hooks, geometry, None)
         limit = max(CORPUS_CHARS_KEPT, CORPUS_CHARS_PER_ROW * config.tokens)
         corpus = open_corpus(config.corpus, config.text_field, limit_chars=limit)
-        return cls(config, spec, hooks, geometry, existing, corpus, load_tokenizer(spec))
+        capture = _way_of_capture(config, spec, existing)
+        return cls(config, spec, hooks, geometry, existing, corpus, load_tokenizer(spec), capture)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -248,7 +255,11 @@ class Request:
                 "left_out": self.corpus.left_out,
                 "origin": self.corpus.origin,
             },
-            "computed": {"device": self.device.split(":")[0], "dtype": self.config.model_dtype},
+            "computed": {
+                "device": self.device.split(":")[0],
+                "dtype": self.config.model_dtype,
+                "capture": self.capture,
+            },
             "versions": {package: _version(package) for package in VERSIONS_RECORDED},
         }
 
@@ -340,6 +351,18 @@ def _but_versions(made: Manifest | Request) -> dict[str, Any]:
     return {key: value for key, value in made.provenance.items() if key != "versions"}
 
 
+def _way_of_capture(config: HarvestConfig, spec: ModelSpec, existing: Manifest | None) -> str:
+    """The way asked for; of "auto", the one that the rows already there were read, as the last bits depend on it."""
+    if config.capture == "modules" and spec.loader != "transformers":
+        raise UserError(
+            f"{spec.name} is no Hugging Face model, so its activations cannot be read from one's modules; "
+            "use --capture auto or bridge."
+        )
+    if config.capture == "auto" and existing is not None:
+        return str(existing.provenance.get("computed", {}).get("capture", "auto"))
+    return config.capture
+
+
 def _check_numbers(config: HarvestConfig) -> None:
     for name in ("tokens", "context", "batch_size"):
         if getattr(config, name) < 1:
@@ -353,6 +376,8 @@ def _check_numbers(config: HarvestConfig) -> None:
         raise UserError(f"The hook {twice[0]} was asked for {config.hooks.count(twice[0])} times; name it once.")
     if config.model_dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"The model cannot compute in {config.model_dtype!r}; use float32, bfloat16 or float16.")
+    if config.capture not in ("auto", "bridge", "modules"):
+        raise UserError(f"Activations cannot be captured from {config.capture!r}; use auto, bridge or modules.")
 
 
 def _read_manifest(store: Path) -> Manifest | None:
@@ -494,43 +519,74 @@ def _compute(request: Request, plan: BatchPlan, progress: Progress, stop_after: 
     import torch
     from threadpoolctl import ThreadpoolController
 
-    from activation_store.harvest.capture import Capture
-
     threads_before = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
         with progress.task("Loading the model", total=1, unit="model") as task:
-            bridge = load_language_model(request.spec, request.device, config.model_dtype)
-            task.advance(1)
-        shapes = {hook.name: hook.shape for hook in request.hooks}
+            capture, way, words = _open_capture(request, plan)
+            task.advance(1, through=words)
         # The writer's sums are small matrix products in numpy, whose BLAS has threads of its own beside torch's: they
         # wait for each other by spinning, and one product then takes ten times as long as on a single thread.
         one_blas_thread = ThreadpoolController().select(internal_api="openblas").limit(limits=1)
-        with one_blas_thread, Capture(bridge, shapes, getattr(torch, config.dtype)) as capture:
+        with one_blas_thread, capture:
             computed = _computed_batches(capture, plan, rows_committed, request.device)
             title = f"Harvesting from row {rows_committed:,}" if rows_committed else "Harvesting"
             with progress.task(title, total=plan.rows - rows_committed, unit="rows") as task:
-                _write(request, plan, computed, task, stop_after)
+                _write(replace(request, capture=way), plan, computed, task, stop_after)
     finally:
         torch.set_num_threads(threads_before)
+
+
+def _open_capture(request: Request, plan: BatchPlan) -> tuple[Capture, str, str]:
+    """The capture, "bridge" or "modules", and the same in words; compared on the first batch if the store is new."""
+    import torch
+
+    from activation_store.harvest.modules import open_capture
+
+    config = request.config
+    first, _ = next(plan.batches_from(0))
+
+    def first_batch(capture: Capture) -> dict[str, torch.Tensor]:
+        with capture:
+            return _run(capture.peek, first, plan, request.device)
+
+    return open_capture(
+        request.spec,
+        {hook.name: hook.shape for hook in request.hooks},
+        getattr(torch, config.dtype),
+        way=request.capture,
+        device=request.device,
+        model_dtype=config.model_dtype,
+        first_batch=first_batch if request.existing is None else None,
+    )
 
 
 def _computed_batches(
     capture: Capture, plan: BatchPlan, first_row: int, device: str
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Batches with the activations of their kept rows, from the batch that holds ``first_row``."""
+    for batch, _ in plan.batches_from(first_row):
+        rows = _run(capture.run, batch, plan, device)
+        yield batch, {hook: _as_stored(values) for hook, values in rows.items()}
+
+
+def _run(
+    forward: Callable[[torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]],
+    batch: Batch,
+    plan: BatchPlan,
+    device: str,
+) -> dict[str, torch.Tensor]:
+    """The kept rows of a batch at every hook."""
     import torch
 
-    for batch, _ in plan.batches_from(first_row):
-        tokens = torch.from_numpy(batch.tokens_BC).to(device)
-        all_kept = batch.rows == batch.tokens_BC.size
-        kept = None if all_kept else torch.from_numpy(batch.kept_N).to(device)
-        try:
-            rows = capture.run(tokens, kept)
-        except UserError as error:
-            raise UserError(f"Batch {batch.index} of {plan.batches}: {error}") from error
-        yield batch, {hook: _as_stored(values) for hook, values in rows.items()}
+    tokens = torch.from_numpy(batch.tokens_BC).to(device)
+    all_kept = batch.rows == batch.tokens_BC.size
+    kept = None if all_kept else torch.from_numpy(batch.kept_N).to(device)
+    try:
+        return forward(tokens, kept)
+    except UserError as error:
+        raise UserError(f"Batch {batch.index} of {plan.batches}: {error}") from error
 
 
 def _as_stored(rows: Any) -> np.ndarray:

@@ -11,53 +11,11 @@ import pytest
 
 from activation_store.errors import UserError
 from activation_store.harvest.language_model import LAYOUTS, load_language_model, resolve_model
+from tests.tiny_models import OTHER_LAYOUTS, save_layout
 
 torch = pytest.importorskip("torch")
 
 TOKENS = torch.arange(1, 33).reshape(2, 16)
-
-WIDTHS = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
-GROUPED = {**WIDTHS, "max_position_embeddings": 32, "num_key_value_heads": 2}
-OTHER_LAYOUTS = {
-    "mistral": ("MistralConfig", {**GROUPED, "head_dim": 6}),
-    "qwen2": ("Qwen2Config", GROUPED),
-    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 10}),
-    "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 6}),
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 6}),
-    "gemma3_text": ("Gemma3TextConfig", {**GROUPED, "head_dim": 6}),
-    "stablelm": ("StableLmConfig", GROUPED),
-    "phi3": ("Phi3Config", {**GROUPED, "pad_token_id": 0}),
-    "olmo2": ("Olmo2Config", GROUPED),
-    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 2}),
-    "phi": ("PhiConfig", {**WIDTHS, "max_position_embeddings": 32}),
-    "gpt_neox": ("GPTNeoXConfig", {**WIDTHS, "max_position_embeddings": 32}),
-    "gptj": ("GPTJConfig", dict(vocab_size=97, n_embd=24, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)),
-    "gpt_neo": (
-        "GPTNeoConfig",
-        dict(
-            vocab_size=97,
-            hidden_size=24,
-            num_layers=2,
-            num_heads=4,
-            attention_types=[[["global", "local"], 1]],
-            max_position_embeddings=32,
-        ),
-    ),
-    "opt": (
-        "OPTConfig",
-        dict(
-            vocab_size=97,
-            hidden_size=24,
-            ffn_dim=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            word_embed_proj_dim=24,
-        ),
-    ),
-    "bloom": ("BloomConfig", dict(vocab_size=97, hidden_size=24, n_layer=2, n_head=4)),
-    "falcon": ("FalconConfig", dict(vocab_size=97, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)),
-}
 
 
 def cached(bridge):
@@ -91,15 +49,7 @@ def test_every_accepted_hook_fires_with_its_shape_and_value(fixture, request):
 
 @pytest.mark.parametrize("layout", sorted(OTHER_LAYOUTS))
 def test_every_accepted_hook_fires_in_other_layouts(layout, tiny_llama, tmp_path):
-    import transformers
-
-    name, widths = OTHER_LAYOUTS[layout]
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**widths))
-    model.save_pretrained(tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_bytes((tiny_llama / file).read_bytes())
-    spec = resolve_model(str(tmp_path))
+    spec = resolve_model(str(save_layout(tmp_path, layout, tokenizer_of=tiny_llama)))
     assert spec.layout == layout
     check_every_hook(load_language_model(spec), spec)
 

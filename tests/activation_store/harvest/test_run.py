@@ -120,7 +120,7 @@ def test_rows_are_the_activations_the_bridge_computes(fixture, dtype, request, c
 def test_rows_are_bit_for_bit_those_of_the_batch_they_were_computed_in(config):
     import torch
 
-    config = replace(config, dtype="float32", tokens=400)
+    config = replace(config, dtype="float32", tokens=400, capture="bridge")
     store = open_store(harvest(config))
     request = run.Request.of(config)
     plan = request.plan(run.NoProgress())
@@ -135,13 +135,30 @@ def test_rows_are_bit_for_bit_those_of_the_batch_they_were_computed_in(config):
             assert torch.equal(found.reshape(expected.shape), expected)
 
 
+def test_rows_of_the_modules_are_bit_for_bit_what_transformers_computes(config):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    hook = "blocks.1.hook_resid_post"
+    config = replace(config, dtype="float32", tokens=400, capture="modules", hooks=(hook,))
+    store = open_store(harvest(config))
+    plan = run.Request.of(config).plan(run.NoProgress())
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    for index in range(plan.batches):
+        batch = plan.batch(index)
+        with torch.inference_mode():
+            states = model(torch.from_numpy(batch.tokens_BC), output_hidden_states=True).hidden_states
+        found = store.tensor(hook, batch.first_row, batch.first_row + batch.rows)
+        assert torch.equal(found, states[2].flatten(0, 1)[torch.from_numpy(batch.kept_N)])
+
+
 def test_the_store_says_what_it_was_made_from(config):
     store = open_store(harvest(config))
     made = store.provenance
     assert made["model"]["name"] == config.model
     assert made["model"]["fingerprint"] == resolve_model(config.model).fingerprint
     assert made["corpus"]["fingerprint"] == open_corpus(config.corpus).fingerprint
-    assert made["computed"] == {"device": "cpu", "dtype": "float32"}
+    assert made["computed"] == {"device": "cpu", "dtype": "float32", "capture": "modules"}
     assert set(made["versions"]) == {"torch", "transformers", "transformer-lens", "tokenizers"}
     assert all(made["versions"].values())
     manifest = store.manifest
@@ -359,6 +376,7 @@ def test_a_real_ctrl_c_ends_the_process_in_order(config, tmp_path):
         ({"threads": 0}, "--threads is 0; it must be at least 1"),
         ({"dtype": "int8"}, "cannot be stored as 'int8'"),
         ({"model_dtype": "float64"}, "The model cannot compute in 'float64'"),
+        ({"capture": "cache"}, "cannot be captured from 'cache'; use auto, bridge or modules"),
         ({"rows_per_shard": 100}, "cannot be cut into chunks of 32 rows"),
         ({"corpus": "/no/such/text"}, "There is no corpus '/no/such/text'"),
     ],
@@ -367,7 +385,7 @@ def test_refused_in_one_sentence(config, monkeypatch, change, expected):
     def too_late(*arguments):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load_language_model", too_late)
+    monkeypatch.setattr(run, "_open_capture", too_late)
     for what in (harvest, describe):
         sentence = said(replace(config, **change), what)
         assert expected in sentence and "\n" not in sentence
@@ -404,7 +422,7 @@ def test_a_corpus_without_text_is_refused(config, tmp_path):
 def test_a_store_made_otherwise_is_refused_and_left_alone(config, monkeypatch, change, expected, stop_after):
     harvest(config, stop_after=stop_after)
     before = bytes_of(config.store)
-    monkeypatch.setattr(run, "load_language_model", None)
+    monkeypatch.setattr(run, "_open_capture", None)
     sentence = said(replace(config, **change))
     assert "was made otherwise" in sentence and expected in sentence
     assert bytes_of(config.store) == before
