@@ -88,7 +88,7 @@ def open_capture(
             _compare(expected, first_batch, Capture(modules, hooks, same_dtype), TOLERANCES[model_dtype])
     except WillNotDo as reason:
         if way == "modules":
-            raise UserError(f"The modules of {spec.name} will not do: {reason}; use --capture bridge.") from reason
+            raise UserError(f"--capture modules was asked for, but {reason}; use --capture bridge.") from reason
         bridge = bridge or load_language_model(spec, device, model_dtype)
         return Capture(bridge, hooks, dtype), "bridge", f"the Bridge, because {reason}"
     return Capture(modules, hooks, dtype), "modules", "the Hugging Face modules"
@@ -185,11 +185,13 @@ def _compare(expected: Mapping[str, torch.Tensor], first_batch: FirstBatch, capt
     try:
         found = first_batch(capture)
     except Exception as error:  # whatever a model's own code raises when it is called without the Bridge
-        raise WillNotDo(f"they cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise WillNotDo(f"the Hugging Face modules cannot be read: {str(error).strip().splitlines()[0]}") from error
     for hook, rows in expected.items():
         far = difference(found[hook], rows)
         if not far <= tolerance:
-            raise WillNotDo(f"at {hook} they differ from the Bridge by {far:.2g} of the activation's size")
+            raise WillNotDo(
+                f"the Hugging Face modules differ from the Bridge's at {hook} by {far:.2g} of the activation's size"
+            )
 
 
 def difference(found_N: torch.Tensor, expected_N: torch.Tensor) -> float:

@@ -67,3 +67,74 @@ def test_modules_give_what_the_bridge_gives(layout, seed, tiny_llama, tmp_path):
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_gpt2", "stories260k"])
 def test_modules_give_what_the_bridge_gives_here_too(fixture, request):
     check(request.getfixturevalue(fixture))
+
+
+# --- the pass -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tiny_llama):
+    spec = resolve_model(str(tiny_llama))
+    bridge = load_language_model(spec)
+    hooks = {hook: spec.hook_shape(hook) for hook in ("blocks.0.hook_resid_post", "blocks.1.mlp.hook_in")}
+    model = load_modules(spec, type(bridge.original_model))
+    return HookedModules(model, find_places(bridge, hooks), hooks), hooks
+
+
+def test_the_pass_ends_at_the_last_hook(plain):
+    """The MLP whose input is read is not computed, nor what comes after it, nor the unembedding."""
+    hooked, hooks = plain
+    computed = []
+    for path in ("model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.2", "model.norm", "lm_head"):
+        hooked.model.get_submodule(path).register_forward_hook(lambda *_, path=path: computed.append(path))
+    with Capture(hooked, hooks, torch.float32) as capture:
+        capture.run(TOKENS)
+    assert computed == ["model.layers.1.self_attn"]
+
+
+def test_stopping_and_leaving_change_nothing_in_the_model(plain):
+    hooked, hooks = plain
+    with torch.no_grad():
+        before = hooked.model(TOKENS).logits
+    with Capture(hooked, hooks, torch.float32) as capture:
+        first, second = capture.run(TOKENS), capture.run(TOKENS)
+    assert all(torch.equal(first[hook], second[hook]) for hook in hooks)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in hooked.model.modules())
+    with torch.no_grad():
+        assert torch.equal(hooked.model(TOKENS).logits, before)
+
+
+def test_what_is_read_is_a_copy(plain):
+    """A later module may write into what an earlier one gave out, as Falcon's and Bloom's do."""
+    hooked, hooks = plain
+    with Capture(hooked, hooks, torch.float32) as capture:
+        expected = capture.run(TOKENS)["blocks.0.hook_resid_post"].clone()
+        hooked.model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0].zero_(),))
+        assert torch.equal(capture.run(TOKENS)["blocks.0.hook_resid_post"], expected)
+
+
+# --- the measure ----------------------------------------------------------------------------------------------------
+
+
+def test_difference_is_a_share_of_the_length():
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(500, 4, 6, generator=generator)
+    assert difference(rows, rows) == 0
+    assert difference(rows * 1.01, rows) == pytest.approx(0.01, rel=0.3)
+    assert difference(1000 * rows * 1.01, 1000 * rows) == pytest.approx(difference(rows * 1.01, rows), rel=1e-3)
+    assert difference(torch.randn(500, 4, 6, generator=generator), rows) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_difference_sees_one_token_among_many_and_is_not_blinded_by_a_large_one():
+    rows = torch.randn(4096, 64, generator=torch.Generator().manual_seed(4))
+    rows[0] *= 1000  # an attention sink
+    wrong = rows.clone()
+    wrong[1] = -wrong[1]
+    assert difference(wrong, rows) > 0.02
+
+
+def test_values_that_are_not_numbers_differ():
+    rows = torch.ones(8, 4)
+    broken = rows.clone()
+    broken[3, 2] = torch.nan
+    assert not difference(broken, rows) <= 1

@@ -365,7 +365,8 @@ def test_a_real_ctrl_c_ends_the_process_in_order(config, tmp_path):
     [
         ({"hooks": ("blocks.1.hook_resid_pots",)}, "the nearest are blocks.1.hook_resid_post"),
         ({"hooks": ("blocks.7.hook_resid_post",)}, "has 3 layers, numbered 0 to 2"),
-        ({"hooks": ("blocks.0.attn.hook_pattern",)}, "one number per pair of positions"),
+        ({"hooks": ("blocks.0.attn.hook_pattern",)}, "its width changes with the context"),
+        ({"hooks": ("blocks.0.attn.hook_attn_scores",)}, "harvest blocks.0.attn.hook_z, which is what each head moves"),
         ({"hooks": ()}, "No hook was asked for; name at least one"),
         ({"hooks": (HOOKS[0], HOOKS[0])}, "was asked for 2 times; name it once"),
         ({"model": "/no/such/model"}, "There is no model '/no/such/model'"),
