@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -38,6 +39,7 @@ LEASE = 20.0
 RENEWED_EVERY = 4.0
 """Seconds: an owner that has not renewed its object for a lease is gone."""
 
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 KEPT_IN_MEMORY = 8 << 20
 BLOCK_BYTES = 4 << 20
 PUT_AT_ONCE = 8
@@ -75,7 +77,7 @@ class ObjectFolder(Place):
         except ImportError:
             raise UserError(f"{url} needs the package obstore: pip install 'dictlearn-lab[s3]'.") from None
         client: Any = {"timeout": "60s", "connect_timeout": "5s"}
-        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        if any(os.environ.get(name, "").startswith("http://") for name in ENDPOINT_VARIABLES):
             client["allow_http"] = True  # who names such an endpoint means it
         retries: Any = {
             "max_retries": 2,  # `_patiently` repeats; this is for a hiccup
@@ -216,6 +218,7 @@ class ObjectFolder(Place):
         """The answer to a request, repeated while the server or the network is away."""
         from obstore.exceptions import BaseError, GenericError
 
+        _refuse_fork(self.location)
         give_up = time.monotonic() + (PATIENCE if self._reached else FIRST_PATIENCE)
         pause = 0.2
         while True:
@@ -232,7 +235,13 @@ class ObjectFolder(Place):
             return answer
 
     def _in_words(self, problem: Exception) -> Exception:
-        from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
+        from obstore.exceptions import (
+            AlreadyExistsError,
+            NotSupportedError,
+            PermissionDeniedError,
+            PreconditionError,
+            UnauthenticatedError,
+        )
 
         said = str(problem)
         if "NoSuchBucket" in said or "bucket does not exist" in said:
@@ -241,7 +250,7 @@ class ObjectFolder(Place):
             return problem
         if isinstance(problem, (NotSupportedError, NotImplementedError)):
             return problem
-        if any(word in said for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden")):
+        if isinstance(problem, (PermissionDeniedError, UnauthenticatedError)) or "403 Forbidden" in said:
             return Unreachable(f"the server refuses our credentials ({_first_line(problem)})")
         if "169.254.169.254" in said or "InstanceMetadata" in said or "task-creds" in said:
             return Unreachable("there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
@@ -254,8 +263,20 @@ def _is_away(problem: Exception) -> bool:
 
 def _is_final(problem: Exception) -> bool:
     """Whether an error that says nothing by its type is one that repeating does not help."""
-    said = str(problem)
-    return any(word in said for word in ("NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"))
+    return re.search(r"status 4(?!08|29)\d\d|NoSuchBucket|builder error", str(problem)) is not None
+
+
+_process: int | None = None
+
+
+def _refuse_fork(location: str) -> None:
+    """obstore's threads do not live on in a forked process: every request would wait for ever."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise UserError(
+            f"{location} cannot be reached from a process forked after it was; start worker processes by spawn."
+        )
 
 
 def _first_line(problem: Exception) -> str:
@@ -300,7 +321,7 @@ class Lease:
     def take(cls, place: ObjectFolder) -> Lease:
         """Raises UserError when a live process has it."""
         lease = cls(place, f"{os.getpid()} on {socket.gethostname()}")
-        if not place.put_if(OWNER_FILE, lease._content(), None, new=True):
+        if lease._read() is not None or not place.put_if(OWNER_FILE, lease._content(), None, new=True):
             lease._wait_until_it_is_free()
         lease._thread.start()
         return lease
@@ -324,6 +345,9 @@ class Lease:
             raise UserError(_written_by(self._place, self._read()))
 
     def check(self) -> None:
+        now = self._read()  # also for servers that ignore the conditions of our writes
+        if self._lost is None and (now is None or self._token.encode() not in now):
+            self._lost = _written_by(self._place, now)
         if self._lost is not None:
             raise UserError(self._lost)
 
