@@ -15,7 +15,7 @@ from activation_store.errors import UserError
 from activation_store.moments import BLOCK_ROWS, Moments, second_moment_stride
 from activation_store.place import Place
 from activation_store.shard import ShardWriter
-from activation_store.spec import HookSpec, Manifest
+from activation_store.spec import DOCUMENTS, POSITIONS, TOKEN_IDS, HookSpec, Manifest
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,25 @@ def moments_of_shard(manifest: Manifest, hook: HookSpec, shard: int) -> Moments:
     blocks_per_shard = -(-manifest.geometry.rows_per_shard // BLOCK_ROWS)
     stride = second_moment_stride(manifest.rows_planned, hook.d)
     return Moments(hook.d, stride, first_block=shard * blocks_per_shard)
+
+
+def columns_of(
+    manifest: Manifest,
+    rows: Mapping[str, np.ndarray],
+    token_ids: np.ndarray,
+    positions: np.ndarray,
+    documents: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Rows as `Commit.append` takes them: by the path of the array they go to, in its carrier type.
+
+    Args:
+        rows: hook name -> (n, *shape) in the hook's type; bfloat16 as uint16 bits.
+        token_ids, positions, documents: (n,) integers.
+    """
+    about = {TOKEN_IDS: token_ids, POSITIONS: positions, DOCUMENTS: documents}
+    return {hook.array.path: rows[hook.name] for hook in manifest.hooks} | {
+        name: np.asarray(values).astype(np.int32) for name, values in about.items()
+    }
 
 
 class Commit:

@@ -28,19 +28,16 @@ from typing import Any
 import numpy as np
 
 from activation_store.codec import check_compression
-from activation_store.commit import Commit, Published, moments_of_shard
+from activation_store.commit import Commit, Published, columns_of, moments_of_shard
 from activation_store.disk import Disk
 from activation_store.errors import UserError
 from activation_store.moments import Moments
 from activation_store.norms import summarise_norms
 from activation_store.place import Owner, Place, open_place
 from activation_store.spec import (
-    DOCUMENTS,
     METADATA_FILE,
     OWNER_FILE,
-    POSITIONS,
     STAGING_FOLDER,
-    TOKEN_IDS,
     Geometry,
     HookSpec,
     Manifest,
@@ -158,12 +155,12 @@ class StoreWriter:
         """
         first_row = self._next_row if first_row is None else first_row
         self._check(rows, token_ids, positions, documents, first_row)
-        columns = self._columns(rows, token_ids, positions, documents)
+        columns = columns_of(self._manifest, rows, token_ids, positions, documents)
         start, n = self._next_row - first_row, len(token_ids)
         with self._changing():
             while start < n:
                 if self._commit is None:
-                    self._commit = self.begin(self._manifest.committed_shards)
+                    self._commit = Commit(self.place, self._manifest, self._manifest.committed_shards)
                 part = slice(start, min(n, start + self._commit.room))
                 self._commit.append({path: column[part] for path, column in columns.items()})
                 self._next_row += part.stop - part.start
@@ -173,13 +170,8 @@ class StoreWriter:
                     self._commit = None
                     self._add([published])
 
-    def begin(self, shard: int) -> Commit:
-        """The commit of a shard that is not there yet. For processes that share the work: fill it, `publish` it, and
-        hand what that gives to `add`, in the order of the shards."""
-        return Commit(self.place, self._manifest, shard)
-
     def add(self, published: Sequence[Published]) -> None:
-        """Count the rows of the next shards, in their order. They become part of the store together."""
+        """Count the rows of the next shards, which other processes may have made (`Commit.publish`), in one commit."""
         with self._changing():
             self._add(published)
         self._next_row = self._manifest.rows
@@ -391,15 +383,6 @@ class StoreWriter:
         names = self.place.names(STAGING_FOLDER)
         swept = sorted(name for name in names if not name.startswith(STAGED_SUMS))
         self.place.remove([f"{STAGING_FOLDER}/{name}" for name in swept], "staging")
-
-    def _columns(
-        self, rows: Mapping[str, np.ndarray], token_ids: np.ndarray, positions: np.ndarray, documents: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """What `append` was given, by the path of the array it goes to: what `Commit.append` takes."""
-        about = {TOKEN_IDS: token_ids, POSITIONS: positions, DOCUMENTS: documents}
-        return {hook.array.path: rows[hook.name] for hook in self._manifest.hooks} | {
-            name: np.asarray(values).astype(np.int32) for name, values in about.items()
-        }
 
     def _check(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,15 +73,17 @@ def harvest(args: list[str]) -> None:
 
     call = parse("harvest", HarvestConfig, args)
     workspace = Workspace(call.workspace)
-    config = dataclasses.replace(call.config, store=workspace.store(str(call.config.store)))
+    config = dataclasses.replace(call.config, store=workspace.store_location(str(call.config.store)))
     if call.dry_run:
         say(call, describe(config), reports.plan)
         return
-    path = run(config, terminal.TerminalProgress())
+    location = run(config, terminal.TerminalProgress())
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, rank 0 speaks for all
+        return
     from activation_store.store import open_store
 
-    store = open_store(path)
-    terminal.print_line(f"{path}: {store.rows:,} rows of {', '.join(store.hooks)}.")
+    store = open_store(location)
+    terminal.print_line(f"{location}: {store.rows:,} rows of {', '.join(store.hooks)}.")
 
 
 def train(args: list[str]) -> None:

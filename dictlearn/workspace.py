@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.errors import UserError
+from activation_store.place import is_url
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -72,6 +73,10 @@ class Workspace:
 
     def store(self, name: str) -> Path:
         return self._path("stores", name, ".zarr")
+
+    def store_location(self, name: str) -> str:
+        """The folder of the store called ``name``; a URL is its own location."""
+        return name if is_url(name) else str(self.store(name))
 
     def run(self, name: str) -> RunFiles:
         return RunFiles(self._path("runs", name, ""))

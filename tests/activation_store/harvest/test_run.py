@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 
 from activation_store.errors import UserError
-from activation_store.harvest import run
+from activation_store.harvest import compute, estimate, request
 from activation_store.harvest.corpus import is_held_out, open_corpus
 from activation_store.harvest.language_model import load_language_model, load_tokenizer, resolve_model
+from activation_store.harvest.request import Request
 from activation_store.harvest.run import HarvestConfig, HarvestInterrupted, describe, harvest
+from activation_store.progress import NoProgress
 from activation_store.store import open_store
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
@@ -53,8 +55,9 @@ def config(tiny_llama, corpus_folder, tmp_path) -> HarvestConfig:
     )
 
 
-def bytes_of(store: Path) -> dict[str, str]:
+def bytes_of(location: str | Path) -> dict[str, str]:
     """Every file of a store with a hash of its content."""
+    store = Path(location)
     files = sorted(file for file in store.rglob("*") if file.is_file())
     return {file.relative_to(store).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -122,9 +125,9 @@ def test_rows_are_bit_for_bit_those_of_the_batch_they_were_computed_in(config):
 
     config = replace(config, dtype="float32", tokens=400, capture="bridge")
     store = open_store(harvest(config))
-    request = run.Request.of(config)
-    plan = request.plan(run.NoProgress())
-    bridge = load_language_model(request.spec)
+    asked = Request.of(config)
+    plan = asked.plan(NoProgress())
+    bridge = load_language_model(asked.spec)
     for index in range(plan.batches):
         batch = plan.batch(index)
         with torch.no_grad():
@@ -142,7 +145,7 @@ def test_rows_of_the_modules_are_bit_for_bit_what_transformers_computes(config):
     hook = "blocks.1.hook_resid_post"
     config = replace(config, dtype="float32", tokens=400, capture="modules", hooks=(hook,))
     store = open_store(harvest(config))
-    plan = run.Request.of(config).plan(run.NoProgress())
+    plan = Request.of(config).plan(NoProgress())
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     for index in range(plan.batches):
         batch = plan.batch(index)
@@ -191,8 +194,8 @@ def test_a_complete_store_is_taken_as_it_is(config, monkeypatch):
     harvest(config)
     before = bytes_of(config.store)
     passes = count_forward_passes(monkeypatch)
-    monkeypatch.setattr(run, "plan_batches", None)  # not even tokenized
-    assert harvest(config) == config.store
+    monkeypatch.setattr(request, "plan_batches", None)  # not even tokenized
+    assert harvest(config) == str(config.store)
     assert passes == [] and bytes_of(config.store) == before
 
 
@@ -206,7 +209,7 @@ def test_paths_may_be_spelled_another_way(config, monkeypatch, tmp_path):
 
 def test_a_complete_store_is_also_good_with_another_torch(config, monkeypatch):
     harvest(config)
-    monkeypatch.setattr(run, "_version", lambda package: "0.0.1")
+    monkeypatch.setattr(request, "_version", lambda package: "0.0.1")
     passes = count_forward_passes(monkeypatch)
     harvest(config)
     assert describe(config).complete and passes == []
@@ -214,14 +217,14 @@ def test_a_complete_store_is_also_good_with_another_torch(config, monkeypatch):
 
 def test_an_unfinished_store_is_not_continued_with_another_torch(config, monkeypatch):
     harvest(config, stop_after=8)
-    monkeypatch.setattr(run, "_version", lambda package: "0.0.1")
+    monkeypatch.setattr(request, "_version", lambda package: "0.0.1")
     assert '"0.0.1" now' in said(config)
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [3, 3, 5], [26]])
 def test_a_stopped_harvest_continues_and_ends_with_the_same_bytes(config, tmp_path, monkeypatch, stops):
     undisturbed = bytes_of(harvest(replace(config, store=tmp_path / "undisturbed.zarr")))
-    plan = run.Request.of(config).plan(run.NoProgress())
+    plan = Request.of(config).plan(NoProgress())
     passes = count_forward_passes(monkeypatch)
     for stop in stops:
         harvest(config, stop_after=stop)
@@ -386,7 +389,7 @@ def test_refused_in_one_sentence(config, monkeypatch, change, expected):
     def too_late(*arguments):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "_open_capture", too_late)
+    monkeypatch.setattr(compute, "_open_capture", too_late)
     for what in (harvest, describe):
         sentence = said(replace(config, **change), what)
         assert expected in sentence and "\n" not in sentence
@@ -394,13 +397,13 @@ def test_refused_in_one_sentence(config, monkeypatch, change, expected):
 
 
 def test_too_little_disk_says_how_much_is_needed(config, monkeypatch):
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
     sentence = said(replace(config, tokens=10**12))
     assert (
-        "1,000,000,000,000 rows of 4 hooks need 207,609.4 GB on the disk of" in sentence
+        "1,000,000,000,000 rows of 4 hooks need 225,671.9 GB on the disk of" in sentence
         and "where 0.1 MB are free" in sentence
     )
-    assert "need 0.4 MB on the disk of" in said(config)
+    assert "need 0.5 MB on the disk of" in said(config)
 
 
 def test_a_corpus_without_text_is_refused(config, tmp_path):
@@ -423,7 +426,7 @@ def test_a_corpus_without_text_is_refused(config, tmp_path):
 def test_a_store_made_otherwise_is_refused_and_left_alone(config, monkeypatch, change, expected, stop_after):
     harvest(config, stop_after=stop_after)
     before = bytes_of(config.store)
-    monkeypatch.setattr(run, "_open_capture", None)
+    monkeypatch.setattr(compute, "_open_capture", None)
     sentence = said(replace(config, **change))
     assert "was made otherwise" in sentence and expected in sentence
     assert bytes_of(config.store) == before
@@ -562,4 +565,4 @@ def test_bfloat16_bits_are_torchs():
     import torch
 
     values = torch.randn(64, 3).to(torch.bfloat16)
-    assert np.array_equal(run._as_stored(values), values.view(torch.int16).numpy().view(np.uint16))
+    assert np.array_equal(compute._as_stored(values), values.view(torch.int16).numpy().view(np.uint16))

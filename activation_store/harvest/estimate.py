@@ -1,0 +1,115 @@
+"""What a harvest will take: bytes on disk, exactly; memory and time, as estimates that say how they were come by."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from activation_store.errors import UserError
+from activation_store.harvest.batches import BatchPlan
+from activation_store.place import Place
+from activation_store.spec import Geometry, HookSpec, Manifest, arrays_of
+
+if TYPE_CHECKING:
+    from activation_store.harvest.request import Request
+
+
+def bytes_on_disk(rows: int, hooks: Sequence[HookSpec], geometry: Geometry) -> int:
+    """Size of an uncompressed store with ``rows`` rows: whole chunks, shard indexes, statistics; no document table."""
+    chunks = -(-rows // geometry.rows_per_chunk)
+    index = geometry.shards(rows) * (16 * geometry.chunks_per_shard + 4)
+    arrays = sum(chunks * geometry.rows_per_chunk * array.row_bytes + index for array in arrays_of(hooks))
+    return arrays + sum(8 * (hook.d * hook.d + 2 * hook.d + 5) for hook in hooks)
+
+
+def bytes_free(place: Place) -> int | None:
+    """Free space where the store will be; None in an object store."""
+    if place.root is None:
+        return None
+    folder = place.root.absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def refuse_full_disk(
+    place: Place, rows: int, hooks: Sequence[HookSpec], geometry: Geometry, existing: Manifest | None
+) -> None:
+    """What is committed already does not count; a shard is written beside the others, so nothing is needed twice."""
+    free = bytes_free(place)
+    if free is None or (existing is not None and existing.compression != "none"):
+        return
+    needed = bytes_on_disk(rows, hooks, geometry)
+    if existing is not None:
+        needed -= bytes_on_disk(existing.rows, hooks, geometry)
+    if needed > free:
+        raise UserError(
+            f"{rows:,} rows of {len(hooks)} {'hook' if len(hooks) == 1 else 'hooks'} need "
+            f"{_size(needed)} on the disk of {place.location}, where {_size(free)} are free; ask for fewer tokens or "
+            "hooks, or name another place."
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def estimate_memory(request: Request, plan: BatchPlan) -> int:
+    """Peak of the process in bytes: what importing takes, the weights, one forward pass, and what is in hand."""
+    spec, config = request.spec, request.config
+    per_number = 4 if config.model_dtype == "float32" else 2
+    weights = spec.n_layers * spec.parameters_per_layer() + 2 * spec.vocab_size * spec.d_model
+    tokens = config.batch_size * config.context
+    widest = 6 * spec.d_model + 4 * (spec.d_mlp or 4 * spec.d_model) + 4 * spec.n_heads * config.context
+    rows = sum(hook.d for hook in request.hooks) * tokens * 8
+    sums = sum(3 * 8 * hook.d * hook.d for hook in request.hooks)
+    text = sum(len(document.text) for document in request.corpus.documents)
+    return BEFORE_THE_MODEL + (weights + tokens * widest) * per_number + rows + sums + text + 12 * plan.rows
+
+
+BEFORE_THE_MODEL = 680_000_000
+"""Bytes resident after importing torch (CPU build) and transformer-lens, and tokenizing by the million characters."""
+
+
+def estimate_seconds(request: Request, plan: BatchPlan, rows_left: int) -> tuple[float | None, str]:
+    """Time for the forward passes that are left, from the floating-point operations in them."""
+    if request.device != "cpu":
+        return None, "not estimated on a GPU; the progress bar will tell after the first batches"
+    if rows_left == 0:
+        return 0.0, "nothing is left to compute"
+    spec, config = request.spec, request.config
+    layers = min(spec.n_layers, spec.last_layer_needed(config.hooks) + 1)
+    products = 2 * spec.parameters_per_layer() / PRODUCTS_REACH
+    scores = SCORE_TAKES * spec.n_heads * config.context
+    tokens = plan.batches * config.batch_size * config.context * rows_left / plan.rows
+    work = tokens * layers * (products + scores)
+    return work / _matrix_speed() + LOADING_TAKES, (
+        f"an estimate: the work of {work / 1e9:,.0f} GFLOP, at the speed numpy multiplies matrices with here now, "
+        f"and {LOADING_TAKES:.0f} s to load the model"
+    )
+
+
+PRODUCTS_REACH = 0.8
+"""Share of the speed of a large matrix product that the model's own products reach."""
+
+SCORE_TAKES = 1500
+"""One attention score, at the Bridge's eager attention, takes as long as this many operations of a matrix product: it
+is written and read by some ten elementwise steps (measured on 8 heads of 32, context 128 to 512, on a CPU)."""
+
+LOADING_TAKES = 8.0
+"""Seconds, nearly all of them imports."""
+
+
+def _matrix_speed() -> float:
+    """Floating-point operations per second of a float32 matrix product, the best of ten short ones."""
+    a = np.ones((768, 768), dtype=np.float32)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2 * 768**3 / best
