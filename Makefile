@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "dictlearn needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) -V 2>&1`: name another with make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[app,dev,hub]' --constraint constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[app,dev,hub,s3]' --constraint constraints.txt
 	@touch $@
 
 clean:

@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 CAPABILITIES = {
     "browser": "a Chromium (Debian: apt install chromium) and the playwright package",
-    "s3": "an S3 server that the tests can start",
+    "s3": "the packages obstore, moto[s3], flask and flask-cors: a client of object stores and a server",
     "distributed": "torch.distributed with the gloo backend",
     "interpreter": "triton, for its interpreter",
 }

@@ -9,6 +9,8 @@ import pytest
 
 from activation_store.store import Store, open_store
 from tests.activation_store import small_store
+from tests.activation_store.cut_proxy import CutProxy
+from tests.activation_store.object_servers import ObjectServer
 
 
 @pytest.fixture
@@ -40,3 +42,27 @@ def small(small_path: Path) -> Store:
 def copied(small_path: Path, fast_folder: Path) -> Path:
     """A copy of the small store, to be damaged."""
     return Path(shutil.copytree(small_path, fast_folder / "copied"))
+
+
+# --- object stores ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[ObjectServer]:
+    """An S3 server that holds its objects in memory. Not to be killed: the session shares it."""
+    with ObjectServer() as server:
+        yield server
+
+
+@pytest.fixture
+def durable_s3_server(tmp_path: Path) -> Iterator[ObjectServer]:
+    """One of the test's own that keeps what it holds on disk, so that it can be killed and started again."""
+    with ObjectServer(tmp_path / "journal of the S3 server") as server:
+        yield server
+
+
+@pytest.fixture
+def s3_proxy(s3_server: ObjectServer) -> Iterator[CutProxy]:
+    """A network to `s3_server` that can be cut."""
+    with CutProxy(s3_server.port) as proxy:
+        yield proxy
