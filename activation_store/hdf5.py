@@ -44,7 +44,7 @@ from activation_store.spec import (
     StorePlan,
     differences,
 )
-from activation_store.store import Store
+from activation_store.store import Store, open_store
 from activation_store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -63,14 +63,16 @@ HDF5_VERSION = ("v110", "v110")
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-def to_hdf5(store: Store, file: str | os.PathLike[str], progress: Progress | None = None) -> None:
-    """Write a complete store to one HDF5 file.
+def to_hdf5(location: str | os.PathLike[str], file: str | os.PathLike[str], progress: Progress | None = None) -> None:
+    """Write a complete store, a folder or URL, to one HDF5 file. Its shards are compared with their checksums.
 
     Raises:
-        UserError: the store is still growing, the file exists, another process is writing it, the disk is full.
+        UserError: no store, a damaged or a growing one; the file exists, or another process is writing it; the disk is
+            full.
     """
     file = Path(file)
     _refuse_existing(file)
+    store = open_store(location, verify_reads=True)
     if not store.complete:
         raise UserError(
             f"Store {store.location} is not complete: {store.rows:,} of {store.manifest.rows_planned:,} rows are "

@@ -493,11 +493,13 @@ def arrays_of(hooks: Sequence[HookSpec]) -> tuple[ArraySpec, ...]:
     return (*(hook.array for hook in hooks), *(hook.norms for hook in hooks), *ROW_ARRAYS)
 
 
-def differences(here: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Where two identities differ, as "path: value here, value asked for", in the order of the first."""
+def differences(
+    here: Mapping[str, Any], asked: Mapping[str, Any], where: tuple[str, str] = ("there", "now")
+) -> list[str]:
+    """Where two identities differ, as "path is value there and value now", in the order of the first."""
     flat_here, flat_asked = dict(_leaves(here)), dict(_leaves(asked))
     return [
-        f"{path} is {_shown(flat_here, path)} there and {_shown(flat_asked, path)} now"
+        f"{path} is {_shown(flat_here, path)} {where[0]} and {_shown(flat_asked, path)} {where[1]}"
         for path in dict.fromkeys([*flat_here, *flat_asked])
         if flat_here.get(path, _ABSENT) != flat_asked.get(path, _ABSENT)
     ]

@@ -39,7 +39,7 @@ BFLOAT16_HOOK, HEADS_HOOK, FLOAT32_HOOK = HOOKS
 def exported(small_path, tmp_path_factory):
     """The small store as HDF5. Not to be changed: copy it first."""
     file = tmp_path_factory.mktemp("hdf5") / "small.h5"
-    to_hdf5(open_store(small_path), file)
+    to_hdf5(small_path, file)
     return file
 
 
@@ -65,7 +65,7 @@ def test_any_store_there_and_back_is_the_same(fast_folder, monkeypatch, made, bl
     for leftover in fast_folder.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     store = made.write(fast_folder / "store")
-    to_hdf5(open_store(store), fast_folder / "store.h5")
+    to_hdf5(store, fast_folder / "store.h5")
     from_hdf5(fast_folder / "store.h5", fast_folder / "again")
     assert_same_files(fast_folder / "again", store)
 
@@ -121,7 +121,7 @@ def test_memory_is_bounded_by_blocks_and_not_by_the_store(fast_folder, monkeypat
         writer.finish()
     monkeypatch.setattr(hdf5, "BLOCK_BYTES", 1 << 18)
     for work in (
-        lambda: to_hdf5(open_store(fast_folder / "store"), fast_folder / "store.h5"),
+        lambda: to_hdf5(fast_folder / "store", fast_folder / "store.h5"),
         lambda: from_hdf5(fast_folder / "store.h5", fast_folder / "again"),
     ):
         tracemalloc.start()
@@ -134,14 +134,14 @@ def test_memory_is_bounded_by_blocks_and_not_by_the_store(fast_folder, monkeypat
 # --- writing is all or nothing ----------------------------------------------------------------------------------------
 
 
-def test_a_file_that_exists_is_not_overwritten(small, fast_folder):
+def test_a_file_that_exists_is_not_overwritten(small_path, fast_folder):
     (fast_folder / "mine.h5").write_bytes(b"precious")
     with pytest.raises(UserError, match="mine.h5 exists already and is not overwritten; name another file"):
-        to_hdf5(small, fast_folder / "mine.h5")
+        to_hdf5(small_path, fast_folder / "mine.h5")
     assert (fast_folder / "mine.h5").read_bytes() == b"precious"
 
 
-def test_a_file_that_comes_to_be_meanwhile_is_not_overwritten_either(small, fast_folder, monkeypatch):
+def test_a_file_that_comes_to_be_meanwhile_is_not_overwritten_either(small_path, fast_folder, monkeypatch):
     sync = hdf5._sync
 
     def somebody_else_is_first(path):
@@ -150,7 +150,7 @@ def test_a_file_that_comes_to_be_meanwhile_is_not_overwritten_either(small, fast
 
     monkeypatch.setattr(hdf5, "_sync", somebody_else_is_first)
     with pytest.raises(UserError, match="exists already"):
-        to_hdf5(small, fast_folder / "mine.h5")
+        to_hdf5(small_path, fast_folder / "mine.h5")
     assert {entry.name: entry.read_bytes() for entry in fast_folder.iterdir()} == {"mine.h5": b"precious"}
 
 
@@ -158,16 +158,27 @@ def test_a_growing_store_is_not_exported(fast_folder):
     with open_writer(fast_folder / "store", UnsyncedDisk()) as writer:
         append(writer, 0, 300)
     with pytest.raises(UserError, match="is not complete: 256 of 430 rows are there. Run its harvest again"):
-        to_hdf5(open_store(fast_folder / "store"), fast_folder / "a.h5")
+        to_hdf5(fast_folder / "store", fast_folder / "a.h5")
     assert not (fast_folder / "a.h5").exists()
 
 
-def test_no_folder_for_the_file(small, fast_folder):
+def test_damage_is_found_and_not_exported(copied, fast_folder):
+    """The file would have a checksum of its own, and what was copied unseen would never be found again."""
+    shard = copied / "activations" / FLOAT32_HOOK.name / "c.1.0"
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"activations/blocks.1.hook_mlp_out/c.1.0 is damaged"):
+        to_hdf5(copied, fast_folder / "a.h5")
+    assert [entry.name for entry in fast_folder.iterdir()] == ["copied"]
+
+
+def test_no_folder_for_the_file(small_path, fast_folder):
     with pytest.raises(UserError, match="There is no folder .*nowhere to put a.h5 into"):
-        to_hdf5(small, fast_folder / "nowhere" / "a.h5")
+        to_hdf5(small_path, fast_folder / "nowhere" / "a.h5")
 
 
-def test_an_interruption_leaves_nothing(small, fast_folder, monkeypatch):
+def test_an_interruption_leaves_nothing(small_path, fast_folder, monkeypatch):
     class Interrupting:
         def task(self, *args, **kwargs):
             return self
@@ -182,7 +193,7 @@ def test_an_interruption_leaves_nothing(small, fast_folder, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        to_hdf5(small, fast_folder / "a.h5", Interrupting())
+        to_hdf5(small_path, fast_folder / "a.h5", Interrupting())
     assert list(fast_folder.iterdir()) == []
 
 
@@ -193,34 +204,34 @@ def run(code, *args):
 def test_killed_before_the_end_there_is_no_file_and_the_next_run_makes_it(small_path, exported, fast_folder):
     killed = run(
         "import os, sys\n"
-        "from activation_store import hdf5, store\n"
+        "from activation_store import hdf5\n"
         "hdf5._give_name = lambda *files: os.kill(os.getpid(), 9)\n"
-        "hdf5.to_hdf5(store.open_store(sys.argv[1]), sys.argv[2])\n",
+        "hdf5.to_hdf5(sys.argv[1], sys.argv[2])\n",
         small_path,
         fast_folder / "a.h5",
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(entry.name for entry in fast_folder.iterdir()) == ["a.h5.owner", "a.h5.partial"]
-    to_hdf5(open_store(small_path), fast_folder / "a.h5")
+    to_hdf5(small_path, fast_folder / "a.h5")
     assert [entry.name for entry in fast_folder.iterdir()] == ["a.h5"]
     from_hdf5(fast_folder / "a.h5", fast_folder / "again")
     assert_same_files(fast_folder / "again", small_path)
 
 
-def test_two_at_once_are_told_apart(small, fast_folder):
+def test_two_at_once_are_told_apart(small_path, fast_folder):
     owner = Ownership.take(fast_folder / "a.h5.owner", store=fast_folder / "a.h5")
     with pytest.raises(UserError, match=f"a.h5 is being written by process {os.getpid()}"):
-        to_hdf5(small, fast_folder / "a.h5")
+        to_hdf5(small_path, fast_folder / "a.h5")
     owner.release()
 
 
-def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(small_path, small, fast_folder, monkeypatch):
+def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(small_path, fast_folder, monkeypatch):
     """Found before anything is written; or, where room is lost on the way (here, by a limit on a file's size), then."""
     limited = run(
         "import resource, sys\n"
-        "from activation_store import hdf5, store\n"
+        "from activation_store import hdf5\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "hdf5.to_hdf5(store.open_store(sys.argv[1]), sys.argv[2])\n",
+        "hdf5.to_hdf5(sys.argv[1], sys.argv[2])\n",
         small_path,
         fast_folder / "a.h5",
     )
@@ -229,7 +240,7 @@ def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(small_path, smal
     usage = shutil.disk_usage(fast_folder)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="needs 0.0 MB, and its disk has 0.0 MB free"):
-        to_hdf5(small, fast_folder / "a.h5")
+        to_hdf5(small_path, fast_folder / "a.h5")
 
 
 # --- files that are not what they should be ---------------------------------------------------------------------------
