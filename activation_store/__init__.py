@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from activation_store.errors import UserError
-    from activation_store.loader import Loader, Mixing
+    from activation_store.filters import RowFilter
+    from activation_store.loader import Loader
+    from activation_store.mixing import Mixing
     from activation_store.moments import Moments
     from activation_store.seeds import derive_seed, numpy_stream
+    from activation_store.source import ActivationSource
     from activation_store.spec import DocumentRows, Geometry, HookSpec, Manifest, StorePlan
     from activation_store.store import HookStatistics, Store, open_store
     from activation_store.writer import StoreWriter
 
 _HOMES = {
     "UserError": "errors",
+    "RowFilter": "filters",
+    "ActivationSource": "source",
     "Loader": "loader",
-    "Mixing": "loader",
+    "Mixing": "mixing",
     "Moments": "moments",
     "derive_seed": "seeds",
     "numpy_stream": "seeds",
@@ -37,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationSource",
     "DocumentRows",
     "Geometry",
     "HookSpec",
@@ -45,6 +51,7 @@ __all__ = [
     "Manifest",
     "Mixing",
     "Moments",
+    "RowFilter",
     "Store",
     "StorePlan",
     "StoreWriter",

@@ -18,6 +18,11 @@ def to_float32(bits: np.ndarray) -> np.ndarray:
     return wide.view(np.float32)
 
 
+def as_float32(rows: np.ndarray) -> np.ndarray:
+    """Rows as read from a store, float16, float32 or bfloat16 bits, as float32."""
+    return to_float32(rows) if rows.dtype == np.uint16 else rows.astype(np.float32, copy=False)
+
+
 def from_float32(values: np.ndarray) -> np.ndarray:
     """bfloat16 bits (uint16) of float32 values, rounded to nearest, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)

@@ -48,6 +48,19 @@ def permutation(n: int, seed: int, purpose: str, *indices: int) -> np.ndarray:
     position_bits = max(1, (n - 1).bit_length())
     mask = np.uint64((1 << position_bits) - 1)
     keys = np.random.PCG64(derive_seed(seed, purpose, *indices)).random_raw(n)
-    keys = (keys & ~mask) | np.arange(n, dtype=np.uint64)
+    keys &= ~mask
+    add_positions(keys)
     keys.sort()
-    return (keys & mask).astype(np.int64)
+    keys &= mask
+    return keys.view(np.int64)
+
+
+def add_positions(values: np.ndarray) -> np.ndarray:
+    """Add 0, 1, 2, .. to ``values`` in place.
+
+    In blocks, because a temporary of full size costs more in fresh memory pages than the sum itself.
+    """
+    for start in range(0, len(values), 8192):
+        block = values[start : start + 8192]
+        block += np.arange(start, start + len(block), dtype=values.dtype)
+    return values

@@ -159,6 +159,11 @@ class MappedShard:
             return None
         return self._view(int(self._offsets[0]), self.rows)
 
+    @property
+    def is_one_array(self) -> bool:
+        """Whether the file begins with its rows, in order and without gaps."""
+        return self._contiguous is not None and not self._offsets[0]
+
     def _view(self, start: int, rows: int) -> np.ndarray:
         content = self._mapped[start : start + rows * self.array.row_bytes]
         return content.view(self.array.carrier).reshape(rows, *self.array.row_shape)

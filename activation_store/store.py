@@ -26,6 +26,7 @@ from activation_store.errors import UserError
 from activation_store.metadata import metadata_damages
 from activation_store.place import Place, open_place
 from activation_store.shard import MappedShard, ShardIndex, index_bytes
+from activation_store.side_by_side import SideBySide
 from activation_store.spec import (
     DOCUMENT_TABLE,
     DOCUMENTS,
@@ -136,6 +137,7 @@ class Store:
         self._indexes: dict[tuple[str, int], ShardIndex] = {}
         self._arenas: dict[str, Arena] = {}
         self._kept_rows = KEPT_ROWS
+        self._in_one: dict[str, SideBySide | None] = {}
         self._lock = threading.Lock()
         if verify_reads:
             _refuse_damaged_metadata(place, manifest)
@@ -265,7 +267,7 @@ class Store:
         """Tokens of up to ``before`` rows before ``row`` and ``after`` rows after it, within its document."""
         self._check_range(row, row + 1)
         document = int(self.documents(row, row + 1)[0])
-        first, stop = int(self._document_first_rows[document]), int(self._document_stops[document])
+        first, stop = int(self.document_first_rows[document]), int(self._document_stops[document])
         start, stop = max(first, row - before), min(stop, self.rows, row + after + 1)
         return Text(self.token_ids(start, stop), row - start, start, document)
 
@@ -282,7 +284,7 @@ class Store:
         return [
             DocumentRows(ids[start:end].decode(), SPLITS[split], first_row, n)
             for start, end, split, first_row, n in zip(
-                starts, ends, splits, self._document_first_rows.tolist(), rows, strict=True
+                starts, ends, splits, self.document_first_rows.tolist(), rows, strict=True
             )
         ]
 
@@ -293,14 +295,15 @@ class Store:
         """
         return [(int(start), int(stop)) for start, stop in self.split_ranges(split)]
 
-    def split_ranges(self, split: str) -> np.ndarray:
-        """`split_rows` as an array (n, 2)."""
+    def split_ranges(self, split: str, planned: bool = False) -> np.ndarray:
+        """`split_rows` as an array (n, 2); of all planned rows, if asked, also those that are not there yet."""
+        end = self.manifest.rows_planned if planned else self.rows
         if split == "all":
-            return np.array([[0, self.rows]] if self.rows else [], dtype=np.int64).reshape(-1, 2)
+            return np.array([[0, end]] if end else [], dtype=np.int64).reshape(-1, 2)
         if split not in SPLITS:
             raise UserError(f"There is no split {split!r}; use {', '.join(SPLITS)} or all.")
         chosen = self._table_column("splits", "uint8") == SPLITS.index(split)
-        starts, stops = self._document_first_rows[chosen], np.minimum(self._document_stops[chosen], self.rows)
+        starts, stops = self.document_first_rows[chosen], np.minimum(self._document_stops[chosen], end)
         starts, stops = starts[starts < stops], stops[starts < stops]
         if not len(starts):
             return np.empty((0, 2), dtype=np.int64)
@@ -308,12 +311,13 @@ class Store:
         return np.stack([starts[new], stops[np.append(np.flatnonzero(new)[1:] - 1, len(starts) - 1)]], axis=1)
 
     @cached_property
-    def _document_first_rows(self) -> np.ndarray:
+    def document_first_rows(self) -> np.ndarray:
+        """The first row of each document in `document_table`, int64, ascending."""
         return self._table_column("first_rows", "int64")
 
     @cached_property
     def _document_stops(self) -> np.ndarray:
-        return self._document_first_rows + self._table_column("rows", "int64")
+        return self.document_first_rows + self._table_column("rows", "int64")
 
     def _table_column(self, name: str, dtype: str) -> np.ndarray:
         return self._whole_array(f"{DOCUMENT_TABLE}/{name}", dtype, shape=(-1,))
@@ -403,6 +407,10 @@ class Store:
             self._arena(array).take(indices, out)
             return out
         per_shard = self.manifest.geometry.rows_per_shard
+        side_by_side = self._side_by_side(array, indices)
+        if side_by_side is not None:
+            # mode="clip" lets numpy copy straight into `out`; the bounds are checked above.
+            return np.take(side_by_side.rows, indices, axis=0, out=out, mode="clip")
         numbers, within = np.divmod(indices, per_shard)
         if not len(indices) or (numbers[0] == numbers).all():
             if len(indices):
@@ -419,6 +427,29 @@ class Store:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return np.take(grouped, back, axis=0, out=out, mode="clip")
+
+    def _side_by_side(self, array: ArraySpec, indices: np.ndarray) -> SideBySide | None:
+        """All rows as one array, those at ``indices`` mapped; None where shards cannot be laid side by side."""
+        geometry = self.manifest.geometry
+        shards = geometry.shards(self.rows)
+        if array.path not in self._in_one:
+            few = shards * len(self._arrays) <= MAPPED_SHARDS
+            self._in_one[array.path] = SideBySide.of(array, geometry, shards) if few else None
+        in_one = self._in_one[array.path]
+        if in_one is None or in_one.there.all():
+            return in_one
+        touched = np.bincount(indices // geometry.rows_per_shard, minlength=shards) > 0
+        for number in np.flatnonzero(touched & ~in_one.there).tolist():
+            shard = self._shard(array, number)
+            try:
+                with self._lock:
+                    fits = shard.is_one_array and in_one.add(number, self.path / array.shard_key(number), shard.rows)
+            except OSError:  # too many maps, or the file is gone since it was mapped on its own
+                fits = False
+            if not fits:
+                self._in_one[array.path] = None
+                return None
+        return in_one
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.rows:

@@ -9,10 +9,9 @@ import pytest
 
 from activation_store.errors import UserError
 from activation_store.loader import Loader
-from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
+from activation_store.read_ahead import THREAD_NAME
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk
-from activation_store.writer import StoreWriter
 from tests.activation_store.small_store import HOOKS, ROWS, append, document_of_row, open_writer, plan, values
 
 torch = pytest.importorskip("torch")
@@ -49,10 +48,12 @@ def test_tensors_have_the_type_asked_for(small, dtype):
 
 
 def test_reading_ahead_changes_nothing_but_the_time(small):
-    batches = [list(Loader(small, NAMES, 32, epochs=2, prefetch=ahead)) for ahead in (0, 1, 5)]
-    assert len(batches[0]) == len(batches[1]) == len(batches[2]) > 10
-    for one, two, three in zip(*batches, strict=True):
-        assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], three[name]) for name in NAMES)
+    plain = list(Loader(small, NAMES, 32, epochs=2, prefetch=0))
+    assert len(plain) > 10
+    for threads, ahead in [(1, 1), (1, 5), (3, 2), (4, 9)]:
+        batches = list(Loader(small, NAMES, 32, epochs=2, threads=threads, prefetch=ahead))
+        for one, other in zip(plain, batches, strict=True):
+            assert list(one) == list(other) == NAMES and all(torch.equal(one[name], other[name]) for name in NAMES)
 
 
 def test_batches_stay_as_they_were_when_later_ones_come(small):
@@ -81,16 +82,19 @@ def test_ranks_see_different_rows(small):
     assert parts[0] and parts[1] and not parts[0] & parts[1]
 
 
-def test_a_reading_thread_ends_with_its_iteration(small):
-    def readers():
-        return [thread for thread in threading.enumerate() if thread.name == "activation store reader"]
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
-    for _ in Loader(small, NAMES, 4):
-        assert len(readers()) == 1
-        break
-    iterator = iter(Loader(small, NAMES, 4))
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_threads_end_with_their_iteration(small, threads):
+    iterator = iter(Loader(small, NAMES, 4, threads=threads, prefetch=3))
     next(iterator)
+    assert len(readers()) == threads
     iterator.close()
+    assert not readers()
+    for _ in Loader(small, NAMES, 4, epochs=1, threads=threads):
+        pass
     assert not readers()
 
 
@@ -100,6 +104,7 @@ def test_what_goes_wrong_in_the_reading_thread_is_raised_to_the_reader(copied):
     (copied / key).unlink()
     with pytest.raises(UserError, match=f"{key} is missing"):
         list(loader)
+    assert not readers()
 
 
 def test_a_growing_store_is_read_as_far_as_it_was_when_opened(fast_folder):
@@ -118,6 +123,8 @@ def test_a_hook_that_is_not_there_is_refused(small):
         Loader(small, ["blocks.9.hook_resid_post"], 4)
     with pytest.raises(ValueError, match="hooks is a list of names"):
         Loader(small, NAMES[0], 4)
+    with pytest.raises(ValueError, match="0 threads cannot read 4 batches ahead"):
+        Loader(small, NAMES, 4, threads=0)
 
 
 def test_a_batch_larger_than_the_split_is_refused_with_the_numbers(small):
@@ -126,58 +133,3 @@ def test_a_batch_larger_than_the_split_is_refused_with_the_numbers(small):
         Loader(small, NAMES, 4096, split="held-out")
     with pytest.raises(UserError, match="for each of 4 ranks"):
         Loader(small, NAMES, 128, world_size=4)
-
-
-# --- mixing -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def long_store(tmp_path_factory):
-    """8192 rows of 64 documents of 128 rows each, in chunks of 32."""
-    path = tmp_path_factory.mktemp("long") / "store"
-    documents = [DocumentRows(str(i), "train", i * 128, 128) for i in range(64)]
-    rows = np.arange(8192, dtype=np.float32)[:, None]
-    with StoreWriter(
-        path, StorePlan(8192, documents), [HookSpec("x", (1,), "float32")], Geometry(32, 4096), {}, disk=UnsyncedDisk()
-    ) as writer:
-        writer.append({"x": rows}, np.zeros(8192), np.zeros(8192), np.arange(8192) // 128)
-        writer.finish()
-    return open_store(path)
-
-
-def test_a_large_buffer_mixes_like_a_shuffle_of_everything(long_store):
-    mixing = Loader(long_store, ["x"], 256, buffer_rows=8192).mixing()
-    assert mixing.well_mixed
-    assert mixing.missing_entropy < 0.05 and mixing.excess_neighbours < 0.01
-    assert "too small" not in str(mixing)
-
-
-def test_a_small_buffer_is_called_out_with_numbers(long_store):
-    mixing = Loader(long_store, ["x"], 256, buffer_rows=256).mixing()
-    assert not mixing.well_mixed
-    assert mixing.documents < 9 < 60 < mixing.documents_of_global_shuffle
-    assert "A buffer of 256 rows is too small to mix this store" in str(mixing)
-
-
-@pytest.mark.parametrize("broken", ["nothing", "chunks only", "rows only"])
-def test_a_loader_that_does_not_shuffle_is_caught(long_store, monkeypatch, broken):
-    """The measure sees each half of the shuffle missing, or both."""
-    import activation_store.order as order
-    from activation_store.seeds import permutation
-
-    kept = {"nothing": (), "chunks only": ("chunk order",), "rows only": ("rows of a window",)}[broken]
-
-    def partly(n, seed, purpose, *indices):
-        return permutation(n, seed, purpose, *indices) if purpose in kept else np.arange(n)
-
-    monkeypatch.setattr(order, "permutation", partly)
-    assert not Loader(long_store, ["x"], 256, buffer_rows=2048).mixing().well_mixed
-    monkeypatch.undo()
-    assert Loader(long_store, ["x"], 256, buffer_rows=2048).mixing().well_mixed
-
-
-def test_the_measure_is_of_what_is_delivered(long_store):
-    """Neighbouring rows in delivered batches are unrelated: the correlation of row numbers is that of chance."""
-    delivered = torch.cat([batch["x"][:, 0] for batch in Loader(long_store, ["x"], 256, epochs=1)]).numpy()
-    correlation = np.corrcoef(delivered[1:], delivered[:-1])[0, 1]
-    assert abs(correlation) < 5 / np.sqrt(len(delivered))

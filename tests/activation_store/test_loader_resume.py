@@ -25,7 +25,7 @@ NAMES = [hook.name for hook in HOOKS]
     [
         dict(batch_size=32, epochs=2),
         dict(batch_size=32, epochs=2, prefetch=0),
-        dict(batch_size=50, epochs=3, buffer_rows=48, prefetch=4),
+        dict(batch_size=50, epochs=3, buffer_rows=48, prefetch=5, threads=3),
         dict(batch_size=30, epochs=1, split="held-out", drop_last=False),
         dict(batch_size=16, epochs=2, rank=1, world_size=3, buffer_rows=64),
         dict(batch_size=1, epochs=1, split="held-out", buffer_rows=1),
@@ -49,10 +49,7 @@ def test_a_loader_that_forgets_its_place_is_caught(small):
 
     class StartsAgain(Loader):
         def __iter__(self):
-            return iter(self._produce_all())
-
-        def _produce_all(self):
-            return [tensors for _, _, tensors in self._produce(self._epoch, 0)]
+            return (self.read(rows) for _, _, rows in self.rows_from(self._epoch, 0))
 
     for broken in (OneOff, StartsAgain):
         with pytest.raises(AssertionError):
@@ -65,6 +62,20 @@ def test_read_ahead_is_not_counted_as_delivered(small):
     for delivered in range(4):
         assert loader.state_dict()["batch"] == delivered
         next(iterator)
+
+
+def test_a_position_is_continued_with_other_threads_and_another_prefetch(small):
+    whole = list(Loader(small, NAMES, 32, epochs=2))
+    for position, (threads, ahead) in enumerate([(1, 0), (1, 2), (4, 4), (2, 9), (1, 1)]):
+        first = Loader(small, NAMES, 32, epochs=2, threads=3, prefetch=6)
+        list(itertools.islice(first, 3 * position))
+        second = Loader(small, NAMES, 32, epochs=2, threads=threads, prefetch=ahead)
+        second.load_state_dict(first.state_dict())
+        rest = list(second)
+        assert len(rest) == len(whole) - 3 * position
+        assert all(
+            torch.equal(one[n], other[n]) for one, other in zip(rest, whole[3 * position :], strict=True) for n in NAMES
+        )
 
 
 def test_a_state_is_a_few_numbers_and_survives_json(small):

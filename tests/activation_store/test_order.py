@@ -1,4 +1,4 @@
-"""The order is a function of (seed, epoch, batch): each row once, differently each time, and mixed."""
+"""An order is a function of (seed, epoch, batch): each row once, differently each time, and mixed. Both kinds of it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_store.order import Order
+from activation_store.order import ConsecutiveChunks, RandomChunks
+
+KINDS = [RandomChunks, ConsecutiveChunks]
 
 
 @st.composite
-def orders(draw, world_size=1):
+def orders(draw, world_size=1, kinds=KINDS):
     lengths = draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=12))
     ranges, row = [], 0
     for skipped, taken in lengths:
         row += skipped
         ranges.append((row, row + taken))
         row += taken
-    return Order(
+    return draw(st.sampled_from(kinds))(
         np.array(ranges),
         rows_per_chunk=draw(st.integers(1, 20)),
         batch_size=draw(st.integers(1, 16)),
@@ -58,7 +60,7 @@ def test_any_batch_can_be_asked_for_alone(order, data):
     batches = walk(order, 1)
     if batches:
         number = data.draw(st.integers(0, len(batches) - 1))
-        fresh = Order(*[getattr(order, name) for name in ORDER_FIELDS])
+        fresh = type(order)(*[getattr(order, name) for name in ORDER_FIELDS])
         assert fresh.epoch(1).batch(number).tolist() == batches[number]
 
 
@@ -72,7 +74,7 @@ def test_ranks_share_no_row_and_have_equally_many_batches(order):
     parts = []
     for rank in range(3):
         arguments[ORDER_FIELDS.index("rank")] = rank
-        parts.append(walk(Order(*arguments)))
+        parts.append(walk(type(order)(*arguments)))
     assert len({len(part) for part in parts}) == 1
     rows = [row for part in parts for batch in part for row in batch]
     assert len(rows) == len(set(rows)) and set(rows) <= rows_of(order)
@@ -91,9 +93,9 @@ def test_a_window_reads_no_more_chunks_than_the_buffer_holds(order):
         assert set(of_epoch.rows_of_window(window) // order.rows_per_chunk) == set(chunks[window])
 
 
-def plain(**changed):
+def plain(kind=RandomChunks, **changed):
     arguments = dict(ranges=np.array([[0, 60]]), rows_per_chunk=4, batch_size=10, buffer_rows=16, seed=5)
-    return Order(**(arguments | changed))
+    return kind(**(arguments | changed))
 
 
 def test_the_order_matches_the_pinned_list():
@@ -108,20 +110,67 @@ def test_the_order_matches_the_pinned_list():
     ]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    seen = [tuple(map(tuple, walk(plain(seed=seed), epoch))) for seed in range(4) for epoch in range(4)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_epochs_and_seeds_have_orders_of_their_own(kind):
+    seen = [tuple(map(tuple, walk(plain(kind, seed=seed), epoch))) for seed in range(4) for epoch in range(4)]
     assert len(set(seen)) == 16
 
 
-def test_row_numbers_beyond_32_bits_are_row_numbers():
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_numbers_beyond_32_bits_are_row_numbers(kind):
     far = 3 << 33
-    batches = walk(plain(ranges=np.array([[far, far + 60]])))
+    batches = walk(plain(kind, ranges=np.array([[far, far + 60]])))
     assert {row for batch in batches for row in batch} == set(range(far, far + 60))
 
 
 def test_a_batch_that_is_not_there_is_refused():
     with pytest.raises(IndexError, match="batch 6 of an epoch of 6"):
         plain().epoch(0).batch(6)
+    with pytest.raises(IndexError, match="batch -1 of an epoch of 6"):
+        plain().epoch(0).batch(-1)
+
+
+def test_the_order_of_consecutive_chunks_matches_the_pinned_list():
+    assert walk(plain(ConsecutiveChunks)) == [
+        [11, 8, 3, 4, 1, 0, 5, 9, 7, 6],
+        [2, 10, 16, 25, 12, 27, 20, 15, 23, 19],
+        [14, 26, 13, 17, 18, 24, 22, 21, 43, 34],
+        [28, 32, 39, 38, 29, 33, 31, 41, 37, 42],
+        [35, 36, 40, 30, 57, 54, 55, 50, 49, 45],
+        [44, 53, 51, 48, 56, 52, 46, 47, 58, 59],
+    ]
+
+
+@settings(max_examples=100)
+@given(order=orders(kinds=[ConsecutiveChunks]))
+def test_consecutive_windows_come_in_row_order(order):
+    """What a growing store and a live model need: no batch waits for more rows than it must."""
+    of_epoch = order.epoch(1)
+    windows = [np.sort(of_epoch.rows_of_window(window)) for window in range(of_epoch.windows)]
+    assert np.concatenate(windows).tolist() == sorted(rows_of(order))
+
+
+def test_ranks_take_consecutive_windows_in_turn():
+    """All ranks advance through the rows together, and each chunk is one rank's alone."""
+    orders = [plain(ConsecutiveChunks, rank=rank, world_size=3) for rank in range(3)]
+    windows = [[set(o.epoch(0).chunks_of_window(w)) for w in range(o.epoch(0).windows)] for o in orders]
+    in_turn = [chunk for turn in zip(*windows, strict=True) for window in turn for chunk in sorted(window)]
+    assert in_turn == list(range(15))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(rank=2, world_size=2), "rank 2 of 2 with drop_last=True cannot be dealt rows"),
+        (dict(world_size=2, drop_last=False), "rank 0 of 2 with drop_last=False"),
+        (dict(batch_size=0), "batches of 0 rows from a buffer of 16: give at least 1"),
+        (dict(buffer_rows=0), "batches of 10 rows from a buffer of 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_dealt_is_refused(changed, said):
+    with pytest.raises(ValueError, match=said):
+        plain(**changed)
 
 
 def test_every_row_comes_everywhere():
