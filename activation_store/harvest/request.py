@@ -189,10 +189,15 @@ class Request:
             "bos_token_id": self.spec.bos_token_id,
         }
 
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Each text as token ids, nothing added to it."""
+        # "fast" is without the place of each token in its text: 20 to 40 % of the time for what nobody asks.
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
     def plan(self, progress: Progress) -> BatchPlan:
         return plan_batches(
             self.corpus.documents,
-            lambda texts: [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)],
+            self.token_ids,
             rows=self.config.tokens,
             context=self.config.context,
             batch_size=self.config.batch_size,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from activation_store.errors import UserError
-from activation_store.harvest import modules, run
+from activation_store.harvest import compute, modules, run
 from activation_store.harvest.language_model import register_loader, resolve_model
 from activation_store.harvest.run import HarvestConfig, describe, harvest
 from activation_store.store import open_store
@@ -48,7 +48,8 @@ def config(tiny_llama, corpus_folder, tmp_path) -> HarvestConfig:
     )
 
 
-def bytes_of(store: Path) -> dict[str, str]:
+def bytes_of(location: str | Path) -> dict[str, str]:
+    store = Path(location)
     files = sorted(file for file in store.rglob("*") if file.is_file())
     return {file.relative_to(store).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -60,7 +61,7 @@ def said(config: HarvestConfig) -> str:
     return str(caught.value)
 
 
-def way_of(store: Path) -> str:
+def way_of(store: str | Path) -> str:
     return open_store(store).provenance["computed"]["capture"]
 
 
@@ -240,7 +241,9 @@ def test_a_continued_store_is_read_as_it_was_begun(config, alter, tmp_path, monk
     assert 0 < open_store(config.store).rows < 1000
     loads, peeks = alter(), count_peeks(monkeypatch)
     passes = []
-    monkeypatch.setattr(run, "_as_stored", lambda rows, original=run._as_stored: passes.append(1) or original(rows))
+    monkeypatch.setattr(
+        compute, "_as_stored", lambda rows, original=compute._as_stored: passes.append(1) or original(rows)
+    )
     harvest(config if asked == "auto" else replace(config, capture=way))
     assert bytes_of(config.store) == undisturbed
     assert len(loads) == (way == "modules")
@@ -254,7 +257,7 @@ def test_another_way_than_the_store_was_begun_in_is_refused_before_a_model_is_lo
 ):
     harvest(replace(config, capture=made), stop_after=stop_after)
     before = bytes_of(config.store)
-    monkeypatch.setattr(run, "_open_capture", None)
+    monkeypatch.setattr(run, "compute", None)
     sentence = said(replace(config, capture=asked))
     assert f'provenance.computed.capture is "{made}" there and "{asked}" now' in sentence
     assert bytes_of(config.store) == before
@@ -263,9 +266,9 @@ def test_another_way_than_the_store_was_begun_in_is_refused_before_a_model_is_lo
 @pytest.mark.parametrize("way", ["bridge", "modules"])
 def test_a_complete_store_needs_no_answer(config, monkeypatch, way):
     harvest(replace(config, capture=way))
-    monkeypatch.setattr(run, "_open_capture", None)
+    monkeypatch.setattr(run, "compute", None)
     assert describe(config).complete
-    assert harvest(config) == config.store
+    assert harvest(config) == str(config.store)
 
 
 # --- other kinds of model -------------------------------------------------------------------------------------------

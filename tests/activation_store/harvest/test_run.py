@@ -175,6 +175,14 @@ def test_the_store_says_what_it_was_made_from(config):
     assert str(os.getpid()) not in text.split() and os.uname().nodename not in text
 
 
+@pytest.mark.parametrize("model", ["the tiny one", "bundled"])
+def test_token_ids_are_those_of_the_tokenizer_text_by_text(config, model):
+    request = Request.of(config if model == "the tiny one" else replace(config, model=model))
+    texts = ["", "def f(x):\n\treturn x  # naïve — ünï\n", " \n\n", "<s>class Second:</s>", "日本語 🎈\r\n" * 50]
+    tokenizer = load_tokenizer(request.spec)
+    assert request.token_ids(texts) == [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
 def test_a_corpus_smaller_than_asked_for_gives_what_it_has(config):
     store = open_store(harvest(replace(config, tokens=1_000_000)))
     assert store.complete and 2000 < store.rows < 1_000_000
