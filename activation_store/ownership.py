@@ -47,6 +47,10 @@ class Ownership:
     def check(self) -> None:
         """Nothing to do: while we live, nobody can take the lock."""
 
+    def moved(self, path: Path) -> None:
+        """The file is now at ``path``: its folder was renamed."""
+        self._path = path
+
     def release(self) -> None:
         """Remove the file, then let go of the lock (in this order: whoever opened it meanwhile looks again)."""
         with contextlib.suppress(OSError):

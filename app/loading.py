@@ -49,8 +49,8 @@ def stamp(*paths: Path) -> tuple[int, ...]:
 
 def store(name: str) -> Store:
     """Raises UserError when there is none, or when it is damaged."""
-    path = workspace().existing_store(name)
-    return _store(path, stamp(path / METADATA_FILE))
+    location = workspace().existing_store(name)
+    return _store(location, stamp(Path(location) / METADATA_FILE))
 
 
 def token_texts(model: str) -> TokenTexts:
@@ -96,8 +96,8 @@ def graph(name: str) -> AttributionGraph:
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _store(path: Path, stamped: tuple[int, ...]) -> Store:
-    return open_store(path)
+def _store(location: str, stamped: tuple[int, ...]) -> Store:
+    return open_store(location)
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)

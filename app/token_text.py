@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from activation_store.harvest.language_model import load_tokenizer, resolve_model
-from dictlearn.feature_index.token_text import shown, token_bytes
+from dictlearn.feature_index.token_text import read_vocabulary, shown
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,7 @@ class TokenTexts:
 
 def read_token_texts(model: str) -> TokenTexts:
     """Raises UserError when the model or its tokenizer cannot be found."""
-    spec = resolve_model(model)
-    tokenizer = load_tokenizer(spec)
-    size = max(spec.vocab_size, tokenizer.get_vocab_size())
-    return TokenTexts(tuple(map(shown, token_bytes(tokenizer, size))))
+    return TokenTexts(tuple(map(shown, read_vocabulary(model)[0])))
 
 
 def visible(text: str) -> str:

@@ -7,6 +7,7 @@ Nothing here imports torch: help and refusals answer at once. A mistake of the u
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes
 
 from activation_store.errors import UserError
+from activation_store.progress import NoProgress
 from dictlearn import reports, terminal
 from dictlearn.workspace import Workspace
 
@@ -30,26 +32,42 @@ class Call(Generic[Config]):
     """What every verb takes besides its own configuration."""
 
     config: OmitArgPrefixes[Config]
+    """What this verb takes."""
     workspace: Path = Path("workspace")
     """Folder that holds stores, runs, indexes and graphs."""
-    dry_run: bool = False
-    """Say what would be done (rows, bytes, memory, time) and do nothing."""
     json: bool = False
     """Print the result as JSON."""
     debug: bool = False
     """Show the traceback of a refusal."""
 
 
-def parse(verb: str, config: Any, args: list[str], default: Any = None, about: str | None = None) -> Call[Any]:
-    """The command line of one verb as a `Call` of its configuration class."""
-    marked: Any = Annotated[Call[config], OmitArgPrefixes, OmitSubcommandPrefixes, FlagCreatePairsOff]
-    about = about or (config.__doc__ or "")
+@dataclass(frozen=True)
+class LongCall(Call[Config]):
+    """What a verb takes that may be long at work."""
+
+    dry_run: bool = False
+    """Say what would be done (rows, bytes, memory, time) and do nothing."""
+
+
+def parse(verb: str, config: Any, args: list[str], default: Any = None, about: str | None = None) -> LongCall[Any]:
+    """The command line of one verb as a `LongCall` of its configuration class."""
+    return _parse(LongCall, verb, config, args, default, about)
+
+
+def parse_short(verb: str, config: Any, args: list[str]) -> Call[Any]:
+    """The command line of a verb that has no dry run."""
+    return _parse(Call, verb, config, args)
+
+
+def _parse(call: Any, verb: str, config: Any, args: list[str], default: Any = None, about: str | None = None) -> Any:
+    marked: Any = Annotated[call[config], OmitArgPrefixes, OmitSubcommandPrefixes, FlagCreatePairsOff]
+    about = about or inspect.cleandoc(config.__doc__ or "")
     if default is None:
         return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args)
-    return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, default=Call(config=default))
+    return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, default=call(config=default))
 
 
-def refuse_dry_run(call: Call[Any], verb: str) -> Call[Any]:
+def refuse_dry_run(call: LongCall[Any], verb: str) -> LongCall[Any]:
     """Better than to go on and do what the user asked not to be done."""
     if call.dry_run:
         raise UserError(f"`dictlearn {verb}` has no dry run; harvest, train and index, the long steps, have one.")
@@ -118,24 +136,18 @@ def evaluate(args: list[str]) -> None:
 
 
 def store(args: list[str]) -> None:
-    subverb, rest = (args[0], args[1:]) if args else ("--help", [])
-    if subverb not in ("info", "verify"):
-        terminal.print_line("usage: dictlearn store info|verify NAME [--workspace FOLDER]")
-        raise SystemExit(0 if subverb in ("-h", "--help") else 2)
-    call = parse(f"store {subverb}", StoreConfig, rest)
-    path = Workspace(call.workspace).existing_store(call.config.store)
-    if subverb == "info":
-        from activation_store.describe import describe
-        from activation_store.store import open_store
+    from dictlearn import store_commands
 
-        say(call, describe(open_store(path)), reports.store)
-        return
-    from activation_store.verify import verify
-
-    damaged = verify(path, progress=terminal.TerminalProgress())
-    if damaged:
-        raise UserError(f"The store {path.name!r} is damaged: {'; '.join(str(part) for part in damaged)}.")
-    terminal.print_line(f"{path}: every shard and every metadata file is as it was written.")
+    name, rest = (args[0], args[1:]) if args else ("--help", [])
+    if name in ("-h", "--help"):
+        terminal.print_line(store_commands.usage())
+        raise SystemExit(0)
+    if name not in store_commands.VERBS:
+        raise UserError(f"There is no verb {name!r} of `dictlearn store`; there are {', '.join(store_commands.VERBS)}.")
+    verb = store_commands.VERBS[name]
+    call = parse_short(f"store {name}", verb.config, rest)
+    progress = NoProgress() if call.json else terminal.TerminalProgress()
+    say(call, verb.run(call.config, Workspace(call.workspace), progress), verb.show)
 
 
 def index(args: list[str]) -> None:
@@ -191,19 +203,11 @@ VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "show": (show, "print one feature's page: numbers, examples, logits, neighbours"),
     "circuit": (circuit, "trace a next-token prediction through transcoder features and heads"),
     "app": (app, "browse the workspace"),
-    "store": (store, "look into an activation store, or verify it"),
+    "store": (store, "look into activation stores, verify, copy, merge and remove them"),
 }
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StoreConfig:
-    """Look into an activation store, or verify it."""
-
-    store: Annotated[str, tyro.conf.Positional]
-    """Name or path of the store."""
 
 
 @dataclass(frozen=True)

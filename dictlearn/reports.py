@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from activation_store.spec import NORM_OUTLIER_RATIO
 from dictlearn.terminal import bytes_in_words, print_facts, print_line, print_table
 
 if TYPE_CHECKING:
-    from activation_store.describe import StoreDescription
+    from activation_store.describe import HookDescription
     from dictlearn.circuits.graph_summary import Summary
     from dictlearn.feature_index.read import FeaturePage
     from dictlearn.feature_index.strips import TokenStrip
     from dictlearn.metrics.command import Evaluation
+    from dictlearn.store_commands import FileWritten, Removal, Sample, StoreInfo, StoreMade, Verified
 
 
 def plan(planned: Any) -> None:
@@ -33,34 +35,104 @@ def plan(planned: Any) -> None:
     print_facts("This would be done", facts)
 
 
-def store(described: StoreDescription) -> None:
-    made_from = described.provenance
+def store(info: StoreInfo) -> None:
+    """What is inside a store: where it comes from, rows by split, a line for each hook, and how its text begins."""
+    described = info.description
     facts = {
-        "model": made_from["model"]["name"],
-        "corpus": made_from["corpus"]["name"],
+        **_origin(described.provenance),
         "rows": f"{described.rows:,}"
-        + ("" if described.complete else f" of {described.rows_planned:,}, still growing"),
-        "on disk": bytes_in_words(described.bytes),
+        + ("" if described.complete else f" of {described.rows_planned:,}, still growing or interrupted"),
+        "on disk": bytes_in_words(described.bytes)
+        + ("" if described.compression == "none" else f", compressed by {described.compression}"),
+        "in shards of": f"{described.rows_per_shard:,} rows, chunks of {described.rows_per_chunk:,}",
     }
     for split in described.splits:
         facts[f"{split.name} rows"] = f"{split.rows:,} of {split.documents:,} documents"
     for reason, count in described.excluded.items():
-        facts[f"left out: {reason}"] = f"{count:,}"
-    print_facts(described.path, facts)
+        facts[f"left out: {reason}"] = f"{count:,} tokens"
+    if described.complete:
+        facts[f"norm over {NORM_OUTLIER_RATIO:g} x the median"] = _outliers(described.hooks)
+    print_facts(described.location, facts)
     print_table(
         "",
-        ["hook", "shape", "type", "size", "mean norm"],
+        ["hook", "row", "type", "on disk", "mean norm", "median"],
         [
             [
                 hook.name,
                 " x ".join(map(str, hook.shape)),
                 hook.dtype,
                 bytes_in_words(hook.bytes),
-                "not yet" if hook.mean_norm is None else hook.mean_norm,
+                *("not yet" if known is None else known for known in (hook.mean_norm, hook.median_norm)),
             ]
             for hook in described.hooks
         ],
     )
+    if info.beginning is not None:
+        print_line(f"It begins: {info.beginning}")
+
+
+def _outliers(hooks: Sequence[HookDescription]) -> str:
+    found = [f"{hook.norm_outliers:,} rows of {hook.name}" for hook in hooks if hook.norm_outliers]
+    return ", ".join(found) if found else "no row"
+
+
+def _origin(provenance: Mapping[str, Any]) -> dict[str, object]:
+    """What a store was made from, in the words of whoever made it."""
+
+    def name(what: str) -> str:
+        return str((provenance.get(what) or {}).get("name", "unknown"))
+
+    facts: dict[str, object] = {"model": name("model"), "corpus": name("corpus")}
+    if imported := provenance.get("imported"):
+        facts["imported from"] = f"{imported.get('file') or imported.get('folder')} ({imported.get('format')})"
+    if merged := provenance.get("merged"):
+        facts["merged from"] = ", ".join(f"{part['name']} ({part['rows']:,} rows)" for part in merged)
+    return facts
+
+
+def verified(result: Verified) -> None:
+    print_line(f"{result.location}: every shard and every metadata file is as it was written.")
+
+
+def sample(drawn: Sample) -> None:
+    """Two lines for each row: its text with the token in brackets, and where it comes from."""
+    hooks = list(drawn.rows[0].norms)
+    if drawn.no_text:
+        print_line(f"Tokens are shown as numbers, because {drawn.no_text}.")
+    for row in drawn.rows:
+        print_line(f"{row.row:>11,}  {row.before}⟦{row.token}⟧{row.after}")
+        norms = ", ".join(f"{norm:.4g}" for norm in row.norms.values())
+        place = "" if row.position < 0 else f", position {row.position}"
+        print_line(f"{'':11}  {row.document} ({row.split}){place}; {'norm' if len(hooks) == 1 else 'norms'} {norms}")
+    print_line(f"{len(drawn.rows)} rows of {drawn.location}; norms at {', '.join(hooks)}.")
+
+
+def store_made(made: StoreMade) -> None:
+    print_line(f"{made.location}: {made.rows:,} rows of {', '.join(made.hooks)}.")
+
+
+def file_written(written: FileWritten) -> None:
+    print_line(f"{written.file}: {bytes_in_words(written.bytes)}.")
+
+
+def removal_ahead(removal: Removal) -> None:
+    """What would be lost."""
+    print_line(f"{removal.lost.location} would be removed: {_loss(removal)}.")
+    for kind, names in (("runs", removal.runs), ("indexes", removal.indexes)):
+        if names:
+            print_line(f"The {kind} {', '.join(names)} were made from it; they stay, and could not be made again.")
+
+
+def removed(removal: Removal) -> None:
+    print_line(f"{removal.lost.location} was removed: {_loss(removal)}.")
+
+
+def _loss(removal: Removal) -> str:
+    lost = removal.lost
+    if lost.problem:
+        return f"{bytes_in_words(lost.bytes)} ({lost.problem})"
+    unfinished = "" if lost.complete else ", unfinished"
+    return f"{bytes_in_words(lost.bytes)}, {lost.rows:,} rows of {', '.join(lost.hooks)}{unfinished}"
 
 
 def evaluations(measured: Sequence[Evaluation]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -89,6 +90,16 @@ def print_line(text: str) -> None:
 
 def print_error(text: str) -> None:
     complaints.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def ask(question: str) -> bool:
+    """Whether the person says yes; where nobody can be asked, no."""
+    if not sys.stdin.isatty():
+        return False
+    try:
+        return console.input(f"{question} [y/N] ", markup=False).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def bytes_in_words(count: int) -> str:

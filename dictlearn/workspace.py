@@ -91,9 +91,16 @@ class Workspace:
     def notes(self) -> Path:
         return self.root / "notes.sqlite"
 
-    def existing_store(self, name: str) -> Path:
-        """Raises UserError naming the stores there are."""
-        return self._existing(self.store(name), "store", name, self.stores(), "Harvest one with `dictlearn harvest`.")
+    def existing_store(self, name: str) -> str:
+        """The folder of the store called ``name``, or the URL, which is looked at when it is opened.
+
+        Raises:
+            UserError: no such folder; the sentence names the stores there are.
+        """
+        if is_url(name):
+            return name
+        make = "Harvest one with `dictlearn harvest`."
+        return str(self._existing(self.store(name), "store", name, self.stores(), make))
 
     def existing_run(self, name: str) -> RunFiles:
         """Raises UserError naming the runs there are."""

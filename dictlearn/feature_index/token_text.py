@@ -79,6 +79,20 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     return pieces
 
 
+def read_vocabulary(model: str) -> tuple[list[bytes], str]:
+    """The bytes of every token of the language model called ``model``, and the fingerprint of its tokenizer.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be found.
+    """
+    from activation_store.harvest.language_model import load_tokenizer, resolve_model, tokenizer_fingerprint
+
+    spec = resolve_model(model)
+    tokenizer = load_tokenizer(spec)
+    size = max(spec.vocab_size, tokenizer.get_vocab_size())
+    return token_bytes(tokenizer, size), tokenizer_fingerprint(tokenizer)
+
+
 def _decoder_kinds(decoder: dict | None) -> set[str]:
     """The types of a tokenizer's decoder and of those it consists of."""
     if not decoder:

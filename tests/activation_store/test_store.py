@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from activation_store.bfloat16 import to_float32
-from activation_store.describe import describe
 from activation_store.errors import UserError
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk
@@ -173,12 +172,7 @@ def test_rows_of_a_shard_that_is_not_committed_are_not_there(copied):
 # --- for a person -----------------------------------------------------------------------------------------------------
 
 
-def test_the_description_adds_up(small):
-    described = describe(small)
-    assert described.rows == sum(split.rows for split in described.splits) == ROWS
-    assert sum(split.documents for split in described.splits) == sum(document.rows > 0 for document in plan().documents)
-    assert described.bytes == sum(hook.bytes for hook in described.hooks) + (3 + len(HOOKS)) * 4 * ROWS
-    assert described.hooks[2].mean_norm == small.statistics(HOOKS[2].name).mean_norm
+def test_a_store_says_what_it_is(small):
     assert repr(small).endswith("430 rows (complete), hooks " + ", ".join(hook.name for hook in HOOKS) + ">")
 
 
