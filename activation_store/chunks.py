@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from math import prod
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Arena:
         self._decode, self._index, self._pool = decode, index, pool
         slots = max(1, min(slots, chunks))
         self._chunk_bytes = geometry.rows_per_chunk * array.row_bytes
-        self._bytes = np.empty((slots, self._chunk_bytes), dtype=np.uint8)
+        self._bytes = room((slots, self._chunk_bytes), np.dtype(np.uint8), f"The buffer for {place.where(array.path)}")
         self._rows = self._bytes.view(array.carrier).reshape(slots * geometry.rows_per_chunk, *array.row_shape)
         self._slot_of_chunk = np.full(chunks, NOWHERE, dtype=np.int32)
         self._chunk_of_slot = np.full(slots, NOWHERE, dtype=np.int64)
@@ -185,6 +186,17 @@ class Arena:
                 raise UserError(
                     f"{self._place.where(key)} is damaged: its chunk {chunk} cannot be decoded ({problem})."
                 ) from None
+
+
+def room(shape: tuple[int, ...], dtype: np.dtype, what: str) -> np.ndarray:
+    """An array with any content. Raises UserError when there is no such memory."""
+    try:
+        return np.empty(shape, dtype=dtype)
+    except MemoryError:
+        asked = prod(shape) * dtype.itemsize
+        raise UserError(
+            f"{what} takes {asked:,} bytes, which this machine does not have; ask for fewer rows."
+        ) from None
 
 
 def missing_shard(name: str) -> UserError:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from activation_store.errors import UserError
 from activation_store.spec import COMPRESSIONS
 
 Encode = Callable[[Any], bytes]
-Decode = Callable[[Any, int], bytes]
+Decode = Callable[[Any, int], Any]
 
 
 def check_compression(name: object) -> str:
@@ -30,22 +32,36 @@ def encoder(compression: str) -> Encode | None:
 def decoder(compression: str) -> Decode:
     """A function from the stored bytes, and how many they should become, to a chunk's bytes.
 
-    It raises ValueError when they are not what the encoder made; zstd's own checksum finds a flipped bit.
+    It raises ValueError when they are not what the encoder made; zstd's own checksum finds a flipped bit. It never
+    takes more memory than those bytes and the chunk.
     """
     if compression == "none":
         return _same
     zstd = _zstd(compression)
 
-    def decode(stored: Any, length: int) -> bytes:
+    def decode(stored: Any, length: int) -> Any:
+        stated = _stated_length(bytes(stored[:LONGEST_HEADER]))
+        if stated not in (length, None):
+            raise ValueError(f"{stated} bytes where {length} should be")
         try:
-            content = zstd.decode(stored)
-        except RuntimeError as problem:
-            raise ValueError(str(problem)) from None
-        if len(content) != length:
-            raise ValueError(f"{len(content)} bytes where {length} should be")
-        return content
+            return zstd.decode(stored, np.empty(length, dtype=np.uint8))
+        except (RuntimeError, MemoryError) as problem:
+            raise ValueError(str(problem) or "it says that it is larger than the memory") from None
 
     return decode
+
+
+LONGEST_HEADER = 18
+
+
+def _stated_length(header: bytes) -> int | None:
+    """How many bytes a zstd frame says it becomes (RFC 8878, section 3.1.1.1); None when it does not say."""
+    descriptor = header[4] if len(header) > 4 else 0
+    in_one_segment, width_flag = descriptor >> 5 & 1, descriptor >> 6
+    width = (in_one_segment, 2, 4, 8)[width_flag]
+    start = 5 + (not in_one_segment) + (0, 1, 2, 4)[descriptor & 3]
+    number = int.from_bytes(header[start : start + width], "little")
+    return None if width == 0 else number + 256 if width == 2 else number
 
 
 def _same(stored: Any, length: int) -> Any:

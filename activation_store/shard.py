@@ -128,6 +128,11 @@ class ShardIndex:
             raise UserError(f"{name} is damaged: its index points to chunks that are not in the file.")
         return cls(offsets.astype(np.int64), lengths.astype(np.int64))
 
+    def refuse_other_lengths(self, chunk_bytes: int, name: str) -> None:
+        """Of an uncompressed shard: raises UserError when a chunk that is there has not ``chunk_bytes`` bytes."""
+        if ((self.lengths != chunk_bytes) & (self.lengths > 0)).any():
+            raise UserError(f"{name} is damaged: its index points to chunks that are not in the file.")
+
 
 class MappedShard:
     """An uncompressed shard on a local disk, memory-mapped: rows by position.
@@ -145,8 +150,7 @@ class MappedShard:
         self.rows = rows
         self._chunk_bytes = geometry.rows_per_chunk * array.row_bytes
         index = ShardIndex.decode(mapped[-index_bytes(geometry) :], len(mapped), rows, geometry, name)
-        if ((index.lengths != self._chunk_bytes) & (index.lengths > 0)).any():
-            raise UserError(f"{name} is damaged: its index points to chunks that are not in the file.")
+        index.refuse_other_lengths(self._chunk_bytes, name)
         self._offsets = np.where(index.lengths > 0, index.offsets, -1)
         self._mmap: mmap.mmap = mapped._mmap  # type: ignore[attr-defined]  # numpy's own name for it, since 1.x
         self._mapped = np.asarray(mapped)

@@ -34,6 +34,7 @@ import numpy as np
 import xxhash
 
 from activation_store.errors import UserError
+from activation_store.json_values import LARGEST, checksums, list_, object_, refusal, text, whole
 
 FORMAT_VERSION = 2
 MANIFEST_ATTRIBUTE = "activation_store"
@@ -75,6 +76,12 @@ STATISTICS_ARRAYS = {
 }
 """The arrays of statistics/<hook_name>: see `activation_store.store.HookStatistics`."""
 
+STATISTICS_AXES = {"mean": 1, "mean_square": 1, "second_moment": 2}
+"""Of those, the ones with axes of width d; the others are single numbers."""
+
+DOCUMENT_COLUMNS = {"ids": "uint8", "id_ends": "int64", "splits": "uint8", "first_rows": "int64", "rows": "int64"}
+"""The arrays of document_table, one value per document, but ids: the UTF-8 bytes of all ids."""
+
 
 @dataclass(frozen=True)
 class StoredType:
@@ -98,6 +105,8 @@ STORED_TYPES = {
     )
 }
 ACTIVATION_TYPES = ("bfloat16", "float16", "float32")
+MOST_AXES = 8
+"""Of a row. No activation has more than three."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,13 @@ class HookSpec:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if self.dtype not in ACTIVATION_TYPES:
             raise UserError(f"Hook {self.name} cannot be stored as {self.dtype!r}; use {', '.join(ACTIVATION_TYPES)}.")
-        if not self.shape or min(self.shape) < 1:
-            raise UserError(f"Hook {self.name} has rows of shape {self.shape}; each axis needs at least one value.")
-        if not self.name or "/" in self.name or self.name.startswith((".", "__")) or self.name == METADATA_FILE:
+        if not 1 <= len(self.shape) <= MOST_AXES or min(self.shape) < 1:
+            raise UserError(
+                f"Hook {self.name} has rows of shape {self.shape}; it needs 1 to {MOST_AXES} axes, each of at least "
+                "one value."
+            )
+        no_name = not self.name.isprintable() or "/" in self.name or self.name.startswith((".", "__"))
+        if not self.name or no_name or self.name == METADATA_FILE:
             raise UserError(f"{self.name!r} cannot name an array in a Zarr group.")
 
     @property
@@ -310,16 +323,16 @@ def document_table_files(documents: Sequence[DocumentRows]) -> dict[str, bytes]:
     Ids are kept as one run of UTF-8 bytes and the end of each, because Zarr's string type is not yet a settled one.
     """
     encoded = [document.id.encode() for document in documents]
-    columns = {
-        "ids": (np.frombuffer(b"".join(encoded), dtype=np.uint8), "uint8"),
-        "id_ends": (np.cumsum([len(id_) for id_ in encoded], dtype=np.int64), "int64"),
-        "splits": ([SPLITS.index(document.split) for document in documents], "uint8"),
-        "first_rows": ([document.first_row for document in documents], "int64"),
-        "rows": ([document.rows for document in documents], "int64"),
+    columns: dict[str, np.ndarray] = {
+        "ids": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "id_ends": np.cumsum([len(id_) for id_ in encoded], dtype=np.int64),
+        "splits": np.array([SPLITS.index(document.split) for document in documents]),
+        "first_rows": np.array([document.first_row for document in documents]),
+        "rows": np.array([document.rows for document in documents]),
     }
     files = {f"{DOCUMENT_TABLE}/{METADATA_FILE}": group_metadata({"splits": list(SPLITS)})}
-    for name, (values, dtype) in columns.items():
-        files |= whole_array_files(f"{DOCUMENT_TABLE}/{name}", np.asarray(values), dtype)
+    for name, dtype in DOCUMENT_COLUMNS.items():
+        files |= whole_array_files(f"{DOCUMENT_TABLE}/{name}", columns[name], dtype)
     return files
 
 
@@ -439,7 +452,7 @@ class Manifest:
         """
         try:
             attributes = json.loads(content)["attributes"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{name} is damaged: it is not the JSON of a Zarr group. Restore it from a copy, or harvest again."
             ) from None
@@ -447,37 +460,99 @@ class Manifest:
         if not isinstance(body, dict):
             raise UserError(f"{name} belongs to a Zarr group that is not an activation store: it has no manifest.")
         version = body.get("format_version")
-        if version != FORMAT_VERSION and isinstance(version, int):
+        if type(version) is int and version != FORMAT_VERSION:
             raise UserError(
                 f"{name} is of format version {version}; this program reads version {FORMAT_VERSION}. "
                 "Use the release that wrote it, or harvest again."
             )
         claimed = body.pop("checksum", None)
-        if claimed != checksum(canonical_json(body)):
+        try:
+            found = checksum(canonical_json(body))
+        except (ValueError, RecursionError):  # what Python reads, though JSON cannot say it
+            found = None
+        if found is None or claimed != found:
             raise UserError(f"{name} is damaged: the manifest does not match its own checksum. Restore it from a copy.")
         try:
             return cls._of_body(body)
-        except (KeyError, TypeError) as problem:
-            raise UserError(f"{name} is damaged: its manifest lacks or misuses {problem}.") from None
+        except UserError as problem:
+            raise UserError(f"{name} is damaged, as its manifest cannot be right: {problem}") from None
 
     @classmethod
     def _of_body(cls, body: dict[str, Any]) -> Manifest:
-        plan = body["plan"]
-        return cls(
-            hooks=tuple(HookSpec(h["name"], tuple(h["shape"]), h["dtype"]) for h in body["hooks"]),
-            geometry=Geometry(**body["geometry"]),
-            rows_planned=plan["rows"],
-            documents=plan["documents"],
-            documents_checksum=plan["documents_checksum"],
-            excluded=plan["excluded"],
-            batches=plan["batches"],
-            provenance=body["provenance"],
+        """Trusts nothing: a checksum is no proof that whoever wrote it knew the format. Raises UserError."""
+        identity = {"format_version", "compression", "hooks", "geometry", "plan", "provenance"}
+        object_(body, "it", identity | {"fingerprint", "rows", "complete", "shards", "files"})
+        plan = object_(body["plan"], "plan", {"rows", "documents", "documents_checksum", "excluded", "batches"})
+        geometry = object_(body["geometry"], "geometry", {"rows_per_chunk", "rows_per_shard"})
+        if not isinstance(body["complete"], bool):
+            raise refusal("complete", body["complete"], "true or false")
+        manifest = cls(
+            hooks=tuple(_hook(hook, f"hooks[{i}]") for i, hook in enumerate(list_(body["hooks"], "hooks"))),
+            geometry=Geometry(**{part: whole(n, f"geometry.{part}") for part, n in geometry.items()}),
+            rows_planned=whole(plan["rows"], "plan.rows"),
+            documents=whole(plan["documents"], "plan.documents"),
+            documents_checksum=checksums([plan["documents_checksum"]], "plan.documents_checksum")[0],
+            excluded={
+                reason: whole(count, f"plan.excluded.{reason}", least=0)
+                for reason, count in object_(plan["excluded"], "plan.excluded").items()
+            },
+            batches=object_(plan["batches"], "plan.batches"),
+            provenance=object_(body["provenance"], "provenance"),
             compression=body["compression"],
-            rows=body["rows"],
+            rows=whole(body["rows"], "rows", least=0),
             complete=body["complete"],
-            shards=body["shards"],
-            files=body["files"],
+            shards={
+                path: checksums(list_(values, f"shards.{path}"), f"shards.{path}")
+                for path, values in object_(body["shards"], "shards").items()
+            },
+            files=object_(body["files"], "files"),
         )
+        manifest._refuse_contradictions()
+        if type(body["format_version"]) is not int or body["fingerprint"] != manifest.fingerprint:
+            raise UserError("its fingerprint is that of another store.")
+        return manifest
+
+    def _refuse_contradictions(self) -> None:
+        """Raises UserError where two parts of a manifest do not fit together."""
+        names = [hook.name for hook in self.hooks]
+        if not names or len({*names}) != len(names):
+            raise UserError(f"its hooks are {names}, where each should have a name of its own.")
+        if not isinstance(self.compression, str) or self.compression not in COMPRESSIONS:
+            raise refusal("compression", self.compression, " or ".join(COMPRESSIONS))
+        largest = max(self.rows_planned, self.geometry.rows_per_shard) * max(a.row_bytes for a in self.arrays)
+        if largest > LARGEST:
+            raise UserError(f"an array of {largest:,} bytes is larger than any disk.")
+        whole_shards = self.rows % self.geometry.rows_per_shard == 0
+        if self.rows > self.rows_planned or not (whole_shards or self.rows == self.rows_planned):
+            raise UserError(
+                f"rows is {self.rows}, which is not a number of whole shards of {self.geometry.rows_per_shard} rows "
+                f"up to the {self.rows_planned} planned."
+            )
+        if self.complete and self.rows != self.rows_planned:
+            raise UserError(f"it is complete with {self.rows} of {self.rows_planned} rows.")
+        if self.shards.keys() != {array.path for array in self.arrays}:
+            raise UserError(f"shards is about {', '.join(sorted(self.shards)) or 'nothing'}, not about the arrays.")
+        for path, sums in self.shards.items():
+            if len(sums) != self.committed_shards:
+                raise UserError(
+                    f"shards.{path} has {len(sums)} checksums, and {self.rows} rows are {self.committed_shards} shards."
+                )
+        checksums(list(self.files.values()), "a value of files")
+        needed, possible = self._keys_written_once()
+        if not needed <= self.files.keys() <= possible:
+            odd = min((needed - self.files.keys()) or (self.files.keys() - possible))
+            raise UserError(f"files {'lacks' if odd in needed else 'has'} {odd}.")
+
+    def _keys_written_once(self) -> tuple[set[str], set[str]]:
+        """The keys that `files` must have, and those it may have: ids that are all empty have no chunk."""
+        arrays = {f"{DOCUMENT_TABLE}/{name}": 1 for name in DOCUMENT_COLUMNS}
+        groups = [DOCUMENT_TABLE]
+        for hook in self.hooks if self.complete else ():
+            groups.append(f"{STATISTICS}/{hook.name}")
+            arrays |= {f"{STATISTICS}/{hook.name}/{name}": STATISTICS_AXES.get(name, 0) for name in STATISTICS_ARRAYS}
+        possible = {f"{path}/{METADATA_FILE}" for path in [*groups, *arrays]}
+        possible |= {whole_array_key(path, n_axes) for path, n_axes in arrays.items()}
+        return possible - {whole_array_key(f"{DOCUMENT_TABLE}/ids", 1)}, possible
 
     def fixed_files(self) -> dict[str, bytes]:
         """Metadata that follows from the manifest alone, besides the document table: {key: content}."""
@@ -487,6 +562,12 @@ class Manifest:
     def array_metadata(self, rows: int) -> dict[str, bytes]:
         """The zarr.json of every array with a row axis when the store has ``rows`` rows: {key: content}."""
         return {array.metadata_key: array.metadata(rows, self.geometry, self.compression) for array in self.arrays}
+
+
+def _hook(value: Any, path: str) -> HookSpec:
+    hook = object_(value, path, {"name", "shape", "dtype"})
+    shape = tuple(whole(n, f"{path}.shape") for n in list_(hook["shape"], f"{path}.shape"))
+    return HookSpec(text(hook["name"], f"{path}.name"), shape, text(hook["dtype"], f"{path}.dtype"))
 
 
 def arrays_of(hooks: Sequence[HookSpec]) -> tuple[ArraySpec, ...]:

@@ -15,12 +15,13 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from activation_store.chunks import Arena, missing_shard
+from activation_store.chunks import Arena, missing_shard, room
 from activation_store.codec import decoder
 from activation_store.errors import UserError
 from activation_store.metadata import metadata_damages
@@ -28,6 +29,7 @@ from activation_store.place import Place, open_place
 from activation_store.shard import MappedShard, ShardIndex, index_bytes
 from activation_store.side_by_side import SideBySide
 from activation_store.spec import (
+    DOCUMENT_COLUMNS,
     DOCUMENT_TABLE,
     DOCUMENTS,
     METADATA_FILE,
@@ -36,6 +38,7 @@ from activation_store.spec import (
     SPLITS,
     STATISTICS,
     STATISTICS_ARRAYS,
+    STATISTICS_AXES,
     STORED_TYPES,
     TOKEN_IDS,
     ArraySpec,
@@ -117,7 +120,7 @@ def open_store(location: str | os.PathLike[str], *, verify_reads: bool = False) 
         UserError: there is no store, it is damaged, it is of another format version, or it cannot be reached.
     """
     place = open_place(location)
-    return Store(place, read_manifest(place), verify_reads=verify_reads)
+    return Store(place, read_manifest(place, exact=verify_reads), verify_reads=verify_reads)
 
 
 class Store:
@@ -140,7 +143,7 @@ class Store:
         self._in_one: dict[str, SideBySide | None] = {}
         self._lock = threading.Lock()
         if verify_reads:
-            _refuse_damaged_metadata(place, manifest)
+            self._refuse_damaged_metadata()
 
     @property
     def location(self) -> str:
@@ -172,7 +175,8 @@ class Store:
 
     def refresh(self) -> Store:
         """The same store as it is now."""
-        return Store(self.place, read_manifest(self.place), verify_reads=self.verify_reads)
+        manifest = read_manifest(self.place, exact=self.verify_reads)
+        return Store(self.place, manifest, verify_reads=self.verify_reads)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
@@ -267,7 +271,13 @@ class Store:
         """Tokens of up to ``before`` rows before ``row`` and ``after`` rows after it, within its document."""
         self._check_range(row, row + 1)
         document = int(self.documents(row, row + 1)[0])
-        first, stop = int(self.document_first_rows[document]), int(self._document_stops[document])
+        first = stop = 0
+        if 0 <= document < self.manifest.documents:
+            first, stop = int(self.document_first_rows[document]), int(self._document_stops[document])
+        if not first <= row < stop:
+            raise UserError(
+                f"{self.place.where(DOCUMENTS)} is damaged: it says that row {row} is of document {document}."
+            )
         start, stop = max(first, row - before), min(stop, self.rows, row + after + 1)
         return Text(self.token_ids(start, stop), row - start, start, document)
 
@@ -276,15 +286,19 @@ class Store:
     @cached_property
     def document_table(self) -> list[DocumentRows]:
         """Every document of the plan, also those whose rows are not there yet."""
-        ids = self._table_column("ids", "uint8").tobytes()
-        ends = self._table_column("id_ends", "int64").tolist()
-        starts = [0, *ends[:-1]]
-        splits = self._table_column("splits", "uint8").tolist()
-        rows = self._table_column("rows", "int64").tolist()
+        ids = self._whole_array(f"{DOCUMENT_TABLE}/ids", "uint8", (-1,)).tobytes()
+        columns = {name: column.tolist() for name, column in self._documents.items()}
+        ends, starts = columns["id_ends"], [0, *columns["id_ends"][:-1]]
+        try:
+            names = [ids[start:end].decode() for start, end in zip(starts, ends, strict=True)]
+        except UnicodeDecodeError:
+            names = None
+        if names is None or ends[-1] != len(ids) or starts != sorted(starts):
+            raise UserError(f"{self.place.where(DOCUMENT_TABLE)} is damaged: it cannot be told where its ids end.")
         return [
-            DocumentRows(ids[start:end].decode(), SPLITS[split], first_row, n)
-            for start, end, split, first_row, n in zip(
-                starts, ends, splits, self.document_first_rows.tolist(), rows, strict=True
+            DocumentRows(name, SPLITS[split], first_row, n)
+            for name, split, first_row, n in zip(
+                names, columns["splits"], columns["first_rows"], columns["rows"], strict=True
             )
         ]
 
@@ -302,7 +316,7 @@ class Store:
             return np.array([[0, end]] if end else [], dtype=np.int64).reshape(-1, 2)
         if split not in SPLITS:
             raise UserError(f"There is no split {split!r}; use {', '.join(SPLITS)} or all.")
-        chosen = self._table_column("splits", "uint8") == SPLITS.index(split)
+        chosen = self._documents["splits"] == SPLITS.index(split)
         starts, stops = self.document_first_rows[chosen], np.minimum(self._document_stops[chosen], end)
         starts, stops = starts[starts < stops], stops[starts < stops]
         if not len(starts):
@@ -313,14 +327,26 @@ class Store:
     @cached_property
     def document_first_rows(self) -> np.ndarray:
         """The first row of each document in `document_table`, int64, ascending."""
-        return self._table_column("first_rows", "int64")
+        return self._documents["first_rows"]
 
     @cached_property
     def _document_stops(self) -> np.ndarray:
-        return self.document_first_rows + self._table_column("rows", "int64")
+        return self.document_first_rows + self._documents["rows"]
 
-    def _table_column(self, name: str, dtype: str) -> np.ndarray:
-        return self._whole_array(f"{DOCUMENT_TABLE}/{name}", dtype, shape=(-1,))
+    @cached_property
+    def _documents(self) -> dict[str, np.ndarray]:
+        """The columns of the document table, but the ids: one number for each document."""
+        shape = (self.manifest.documents,)
+        columns = {
+            name: self._whole_array(f"{DOCUMENT_TABLE}/{name}", dtype, shape)
+            for name, dtype in DOCUMENT_COLUMNS.items()
+            if name != "ids"
+        }
+        rows = columns["rows"]
+        in_line = rows.min() >= 0 and np.array_equal(columns["first_rows"], np.cumsum(rows) - rows)
+        if not in_line or rows.sum() != self.manifest.rows_planned or columns["splits"].max() >= len(SPLITS):
+            raise UserError(f"{self.place.where(DOCUMENT_TABLE)} is damaged: its documents do not fill the store.")
+        return columns
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
@@ -336,21 +362,31 @@ class Store:
                 f"Store {self.location} has no statistics yet: {self.rows:,} of {self.manifest.rows_planned:,} rows "
                 "are there. Run its harvest again to finish it."
             )
-        folder = f"{STATISTICS}/{hook}"
-        shapes = {"mean": (d,), "mean_square": (d,), "second_moment": (d, d)}
         read = {
-            name: self._whole_array(f"{folder}/{name}", dtype, shapes.get(name, ()))
+            name: self._whole_array(f"{STATISTICS}/{hook}/{name}", dtype, (d,) * STATISTICS_AXES.get(name, 0))
             for name, dtype in STATISTICS_ARRAYS.items()
         }
-        single = {name: value.item() for name, value in read.items() if name not in shapes}
+        single = {name: value.item() for name, value in read.items() if name not in STATISTICS_AXES}
         return HookStatistics(**{**read, **single}, excluded=dict(self.manifest.excluded))
 
     def _whole_array(self, path: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         key = whole_array_key(path, len(shape))
         if key not in self.manifest.files:  # an array of no values has no chunk
             return np.empty(0, dtype=STORED_TYPES[dtype].carrier)
-        content = self._read_checked(key)
-        return np.frombuffer(content, dtype=STORED_TYPES[dtype].carrier).reshape(shape)
+        content, carrier = self._read_checked(key), STORED_TYPES[dtype].carrier
+        expected = prod(shape) * carrier.itemsize
+        if shape != (-1,) and len(content) != expected:
+            raise UserError(
+                f"{self.place.where(key)} is damaged: it has {len(content)} bytes where {expected} should be."
+            )
+        return np.frombuffer(content, dtype=carrier).reshape(shape)
+
+    def _refuse_damaged_metadata(self) -> None:
+        for damage in metadata_damages(self.place, self.manifest):
+            raise UserError(f"{self.place.where(damage.part)} is damaged: it {damage.problem}.")
+        for key in self.manifest.files:
+            if key.endswith(METADATA_FILE):
+                self._read_checked(key)
 
     def _read_checked(self, key: str) -> bytes:
         where = self.place.where(key)
@@ -387,7 +423,7 @@ class Store:
 
     def _read(self, array: ArraySpec, start: int, stop: int) -> np.ndarray:
         self._check_range(start, stop)
-        out = np.empty((stop - start, *array.row_shape), dtype=array.carrier)
+        out = self._room(array, stop - start)
         per_shard = self.manifest.geometry.rows_per_shard
         if not self.is_mapped:
             self._arena(array).take(np.arange(start, stop), out)
@@ -398,11 +434,14 @@ class Store:
             self._shard(array, number).read(first - base, last - base, out[first - start : last - start])
         return out
 
+    def _room(self, array: ArraySpec, rows: int) -> np.ndarray:
+        return room((rows, *array.row_shape), array.carrier, f"{rows:,} rows of {self.place.where(array.path)}")
+
     def _take(self, array: ArraySpec, indices: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         if len(indices) and (indices.min() < 0 or indices.max() >= self.rows):
             raise IndexError(f"rows {indices.min()}..{indices.max()} asked for, the store has rows 0..{self.rows - 1}")
         if out is None:
-            out = np.empty((len(indices), *array.row_shape), dtype=array.carrier)
+            out = self._room(array, len(indices))
         if not self.is_mapped:
             self._arena(array).take(indices, out)
             return out
@@ -500,7 +539,10 @@ class Store:
         except OSError as problem:
             raise UserError(f"{where} cannot be read: {problem.strerror or problem}.") from problem
         rows = geometry.rows_in_shard(number, self.rows)
-        index = self._indexes[array.path, number] = ShardIndex.decode(tail, size, rows, geometry, where)
+        index = ShardIndex.decode(tail, size, rows, geometry, where)
+        if self.manifest.compression == "none":
+            index.refuse_other_lengths(geometry.rows_per_chunk * array.row_bytes, where)
+        self._indexes[array.path, number] = index
         return index
 
     def _check_shard(self, array: ArraySpec, number: int, content: np.ndarray | bytes) -> None:
@@ -511,6 +553,8 @@ class Store:
             )
 
     def _arena(self, array: ArraySpec) -> Arena:
+        if self.rows:  # that many chunks there are, before memory is taken to keep account of them
+            self._index(array, 0)
         with self._lock:
             arena = self._arenas.get(array.path)
             if arena is None:
@@ -541,8 +585,11 @@ def as_tensor(rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def read_manifest(place: Place) -> Manifest:
+def read_manifest(place: Place, exact: bool = False) -> Manifest:
     """The manifest of the store at ``place``.
+
+    Args:
+        exact: look also at what is around it in its file, which does not matter to us.
 
     Raises:
         UserError: there is none, or it cannot be used.
@@ -557,9 +604,7 @@ def read_manifest(place: Place) -> Manifest:
         raise UserError(f"{place.location} is a file, not the folder of an activation store.") from None
     except OSError as problem:
         raise UserError(f"{place.where(METADATA_FILE)} cannot be read: {problem.strerror or problem}.") from None
-    return Manifest.from_bytes(content, place.where(METADATA_FILE))
-
-
-def _refuse_damaged_metadata(place: Place, manifest: Manifest) -> None:
-    for damage in metadata_damages(place, manifest):
-        raise UserError(f"{place.where(damage.part)} is damaged: it {damage.problem}.")
+    manifest = Manifest.from_bytes(content, place.where(METADATA_FILE))
+    if exact and content != manifest.to_bytes():
+        raise UserError(f"{place.where(METADATA_FILE)} is damaged: it has been changed around the manifest.")
+    return manifest

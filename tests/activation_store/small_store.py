@@ -1,7 +1,7 @@
 """A store of known rows, small enough to make in a blink: three hooks of three types, three full shards and a tail.
 
-Run as ``python -m tests.activation_store.small_store PATH`` it makes or continues the store, as a harvest would, and
-prints how many batches it computed: the process that the kill tests kill.
+Run as ``python -m tests.activation_store.small_store LOCATION [COMPRESSION [ROWS]]`` it makes or continues the store,
+as a harvest would, says so when it begins, and prints how many batches it computed: the process that is killed.
 """
 
 from __future__ import annotations
@@ -78,20 +78,20 @@ def append(writer: StoreWriter, start: int, stop: int, hooks: list[HookSpec] = H
     )
 
 
-def open_writer(path: Path, disk: Disk | None = None, **changed: object) -> StoreWriter:
-    """A writer of the small store; ``changed`` replaces plan, hooks, geometry or provenance."""
+def open_writer(path: Path | str, disk: Disk | None = None, **changed: object) -> StoreWriter:
+    """A writer of the small store at a path or URL; ``changed`` replaces any of what it is made from."""
     arguments = {"plan": plan(), "hooks": HOOKS, "geometry": GEOMETRY, "provenance": PROVENANCE} | changed
     return StoreWriter(path, disk=disk, **arguments)  # type: ignore[arg-type]
 
 
-def make(path: Path, disk: Disk | None = None) -> int:
+def make(path: Path | str, disk: Disk | None = None, *, compression: str = "none", rows: int = ROWS) -> int:
     """Make the store or continue it; returns how many batches were computed."""
     batches = 0
-    with open_writer(path, disk) as writer:
-        for start in range(writer.next_row // BATCH_ROWS * BATCH_ROWS, ROWS, BATCH_ROWS):
+    with open_writer(path, disk, plan=plan(rows), compression=compression) as writer:
+        for start in range(writer.next_row // BATCH_ROWS * BATCH_ROWS, rows, BATCH_ROWS):
             if writer.complete:
                 break
-            append(writer, start, min(ROWS, start + BATCH_ROWS))
+            append(writer, start, min(rows, start + BATCH_ROWS))
             batches += 1
         writer.finish()
     return batches
@@ -103,4 +103,7 @@ def moved(documents: list[DocumentRows], index: int, **changed: object) -> list[
 
 
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1])))
+    location, *options = sys.argv[1:]
+    asked = dict(zip(("compression", "rows"), options, strict=False))
+    print("begins", file=sys.stderr, flush=True)
+    print(make(location, compression=asked.get("compression", "none"), rows=int(asked.get("rows", ROWS))))
