@@ -9,6 +9,7 @@ import pytest
 
 from activation_store.store import Store, open_store
 from tests.activation_store import small_store
+from tests.activation_store.copies import KINDS, Copy
 from tests.activation_store.cut_proxy import CutProxy
 from tests.activation_store.object_servers import ObjectServer
 
@@ -33,6 +34,14 @@ def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small_zstd_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, compressed."""
+    path = tmp_path_factory.mktemp("stores") / "small-zstd"
+    small_store.make(path, compression="zstd")
+    return path
+
+
 @pytest.fixture
 def small(small_path: Path) -> Store:
     return open_store(small_path)
@@ -42,6 +51,15 @@ def small(small_path: Path) -> Store:
 def copied(small_path: Path, fast_folder: Path) -> Path:
     """A copy of the small store, to be damaged."""
     return Path(shutil.copytree(small_path, fast_folder / "copied"))
+
+
+@pytest.fixture(params=KINDS)
+def copy(request: pytest.FixtureRequest, small_path: Path, small_zstd_path: Path, fast_folder: Path) -> Copy:
+    """A copy of the small store of each kind, to be damaged."""
+    if request.param.endswith("objects"):
+        pytest.importorskip("obstore")
+    source = small_zstd_path if request.param.startswith("zstd") else small_path
+    return Copy(source, request.param, fast_folder / "copy")
 
 
 # --- object stores ----------------------------------------------------------------------------------------------------
