@@ -26,13 +26,13 @@ class Published:
         shard: its number.
         rows: in it.
         checksums: array path -> checksum of the shard's file.
-        sums: hook name -> `Moments.to_vector` of its rows.
+        sums: hook name -> the sums over its rows.
     """
 
     shard: int
     rows: int
     checksums: dict[str, str]
-    sums: dict[str, np.ndarray]
+    sums: dict[str, Moments]
 
 
 def moments_of_shard(manifest: Manifest, hook: HookSpec, shard: int) -> Moments:
@@ -102,8 +102,7 @@ class Commit:
         checksums = {path: shard.seal() for path, shard in self._shards.items()}
         keys = {array.path: array.shard_key(self.shard) for array in self._manifest.arrays}
         self._place.publish({keys[path]: shard.file for path, shard in self._shards.items()}, "shard")
-        sums = {name: moments.to_vector() for name, moments in self._moments.items()}
-        return Published(self.shard, self.rows, checksums, sums)
+        return Published(self.shard, self.rows, checksums, self._moments)
 
     def discard(self) -> None:
         """Give the shard files up."""

@@ -149,11 +149,12 @@ class Geometry:
     """How rows are cut.
 
     256 rows of 256 bfloat16 values are 128 KiB: large enough to read at full speed, small enough that a buffer of
-    100,000 rows mixes 400 places of the corpus. 32,768 rows are 16 MiB a shard, or a few seconds of harvesting.
+    100,000 rows mixes 400 places of the corpus. 65,536 rows are 32 MiB a shard, or a few seconds of harvesting: twice
+    as many would save a tenth of the writer's work and double what a kill can cost.
     """
 
     rows_per_chunk: int = 256
-    rows_per_shard: int = 32_768
+    rows_per_shard: int = 65_536
 
     def __post_init__(self) -> None:
         if self.rows_per_chunk < 1 or self.rows_per_shard < 1 or self.rows_per_shard % self.rows_per_chunk:
@@ -615,8 +616,19 @@ def checksum(content: bytes | bytearray | memoryview | np.ndarray) -> str:
 
 
 def render_json(value: Any) -> bytes:
-    """JSON as it is written to disk: indented for people, and one way only, so that bytes can be compared."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    """JSON as it is written to disk: a line for each key, for people, and one way only, so that bytes can be compared.
+
+    What is not an object stands on one line: the standard library indents long lists a hundred times more slowly.
+    """
+    return _rendered(value, "").encode() + b"\n"
+
+
+def _rendered(value: Any, margin: str) -> str:
+    if not isinstance(value, Mapping) or not value:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = margin + "  "
+    lines = (f"{inner}{json.dumps(key, ensure_ascii=False)}: {_rendered(item, inner)}" for key, item in value.items())
+    return "{\n" + ",\n".join(lines) + "\n" + margin + "}"
 
 
 def canonical_json(value: Any) -> bytes:

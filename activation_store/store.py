@@ -73,7 +73,7 @@ class HookStatistics:
         mean_norm, median_norm: of the Euclidean lengths of the rows; the median is the lower one of an even number.
         norm_outliers: rows whose norm is above `activation_store.spec.NORM_OUTLIER_RATIO` times the median.
         second_moment: (d, d), mean of x xT, not centred, over ``second_moment_rows`` of the rows, spread evenly: all of
-            them in a store of fewer than 512 d rows (`activation_store.moments`).
+            them in a store of fewer than 128 d rows (`activation_store.moments`).
         excluded: tokens that gave no row, by reason.
     """
 

@@ -281,7 +281,7 @@ class StoreWriter:
                 shards={path: [*sums, part.checksums[path]] for path, sums in manifest.shards.items()},
             )
             for hook in manifest.hooks:
-                self._sums[hook.name].merge(Moments.from_vector(hook.d, part.sums[hook.name]))
+                self._sums[hook.name].merge(part.sums[hook.name])
         self._owner.check()
         self._stage_sums(manifest)
         # Not synced: the manifest alone decides, and opening the store again writes whatever a power cut took.

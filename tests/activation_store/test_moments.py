@@ -48,7 +48,7 @@ def test_every_nth_block_goes_into_the_second_moment_and_all_into_the_rest():
 
 
 @given(st.integers(1, 10**9), st.integers(1, 20_000))
-def test_the_second_moment_has_at_least_256_rows_for_each_dimension_if_the_store_has(rows, d):
+def test_the_second_moment_has_at_least_64_rows_for_each_dimension_if_the_store_has(rows, d):
     assert rows // second_moment_stride(rows, d) >= min(rows, ROWS_PER_DIMENSION * d)
 
 
