@@ -20,13 +20,14 @@ from activation_store.bfloat16 import from_float32, to_float32
 from activation_store.errors import UserError
 from activation_store.progress import NoProgress, Progress
 from activation_store.spec import ACTIVATION_TYPES, DocumentRows, Geometry, HookSpec, StorePlan
+from activation_store.store import Store
 from activation_store.writer import StoreWriter
 
 UNKNOWN = -1
 """Token id or position of a row whose file does not tell it."""
 
-UNKNOWN_MODEL = {"name": "unknown", "fingerprint": None}
-"""What provenance says of the model when nobody does."""
+UNKNOWN_MODEL = {"name": "(unknown)", "fingerprint": None}
+"""What provenance says of the model when nobody does: a name that no model can have."""
 
 BLOCK_BYTES = 16 << 20
 """Bytes of one row array in memory at a time."""
@@ -57,7 +58,7 @@ class ForeignRows:
         blocks: ``blocks(row)`` yields the rows from the block on that holds ``row``.
         documents: ``documents(fingerprint)`` are the documents, given the fingerprint of the token ids, or of all
             values where there are none.
-        batches: for the plan, what is known of how the rows were computed.
+        batches: for the plan, in which windows the model saw the tokens; left out where these are unknown.
         origin: for the provenance, what the file is.
     """
 
@@ -96,7 +97,7 @@ def import_rows(
         rows=source.rows,
         documents=documents,
         # Stores of the same tokens can be merged hook by hook: the plan names the tokens, the provenance the values.
-        batches={"bos_token_id": None, **source.batches, "fingerprint": of_tokens or of_values},
+        batches={"bos_token_id": None, **(source.batches if of_tokens else {}), "fingerprint": of_tokens or of_values},
     )
     provenance = {
         "model": dict(model or UNKNOWN_MODEL),
@@ -123,6 +124,11 @@ def import_rows(
             )
             task.advance(writer.next_row - before)
         writer.finish()
+
+
+def has_tokens(store: Store) -> bool:
+    """Whether the tokens of a store's rows are known."""
+    return store.rows > 0 and int(store.token_ids(0, 1)[0]) != UNKNOWN
 
 
 def two_splits(name: str, rows: int) -> list[DocumentRows]:

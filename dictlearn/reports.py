@@ -98,7 +98,7 @@ def sample(drawn: Sample) -> None:
     """Two lines for each row: its text with the token in brackets, and where it comes from."""
     hooks = list(drawn.rows[0].norms)
     if drawn.no_text:
-        print_line(f"Tokens are shown as numbers, because {drawn.no_text}.")
+        print_line(f"Tokens are shown as numbers: {drawn.no_text}.")
     for row in drawn.rows:
         print_line(f"{row.row:>11,}  {row.before}⟦{row.token}⟧{row.after}")
         norms = ", ".join(f"{norm:.4g}" for norm in row.norms.values())

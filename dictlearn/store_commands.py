@@ -179,7 +179,7 @@ def _vocabulary(provenance: Mapping[str, Any]) -> tuple[list[bytes] | None, str 
     from dictlearn.feature_index.token_text import read_vocabulary
 
     model = (provenance.get("model") or {}).get("name")
-    if not model or model == "unknown":
+    if not model:
         return None, "the store does not say which model its tokens are of"
     try:
         vocabulary, fingerprint = read_vocabulary(model)

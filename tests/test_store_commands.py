@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -245,7 +246,11 @@ def test_the_same_seed_draws_the_same_rows(workspace, capsys):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"model": {"name": "unknown", "fingerprint": None}}, "the store does not say which model its tokens are of"),
+        (
+            {"model": {"name": "(unknown)", "fingerprint": None}},
+            "It is not known which language model the activations are of",
+        ),
+        ({"model": None}, "the store does not say which model its tokens are of"),
         ({"model": {"name": "/no/such/model", "fingerprint": None}}, "There is no model '/no/such/model'"),
         ({"tokenizer": "sha256:00"}, "the tokenizer of bundled is no longer the one that the store was made with"),
     ],
@@ -256,7 +261,7 @@ def test_without_the_tokenizer_tokens_are_numbers_and_the_reason_is_said(workspa
     assert reason in drawn["no_text"]
     for row in drawn["rows"]:
         assert row["token"] == str(row["token_id"])
-    assert f"Tokens are shown as numbers, because {reason}" in run(capsys, "sample", "other")[1]
+    assert f"Tokens are shown as numbers: {reason}" in run(capsys, "sample", "other")[1]
 
 
 def test_impossible_samples_are_refused(workspace, capsys):
@@ -318,6 +323,30 @@ def test_a_saelens_cache_becomes_a_store(workspace, capsys, tmp_path):
     assert store.manifest.compression == "zstd" and store.provenance["model"]["name"] == "bundled"
     assert np.array_equal(store.read_rows(CACHED_HOOK, 0, 150), activations().reshape(150, -1))
     assert "cache (SAELens cached activations)" in run(capsys, "info", "cached")[1]
+
+
+def test_what_needs_a_model_or_tokens_is_refused_of_a_store_that_has_none(workspace, capsys):
+    """Trained on all the same: that takes rows alone."""
+    with h5py.File("theirs.h5", "w") as opened:
+        opened["acts"] = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    write_cache(Path("cache"), activations(80), tokens(80), hook="h")
+    assert run(capsys, "from-hdf5", "theirs.h5", "rows", "--dataset", "acts", "--hook", "h")[0] == 0
+    assert run(capsys, "from-saelens", "cache", "context")[0] == 0
+    for store, of_evaluate, of_index in (
+        ("rows", "'rows' has no text to run the language model on", "'rows' has no tokens: it was imported"),
+        ("context", "It is not known which language model", "It is not known which language model"),
+    ):
+        small = ["--d-sae", "16", "--k", "2", "--steps", "2", "--batch-size", "64"]
+        cli.main(["train", "--name", store, "--store", store, "--hook", "h", *small])
+        for verb, words in (("evaluate", of_evaluate), ("index", of_index)):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                cli.main([verb, store])
+            complaint = capsys.readouterr()[1]
+            assert stop.value.code == 2 and words in complaint and complaint.count("\n") == 1
+            assert ("--tokens 0 measures reconstruction alone" in complaint) == (verb == "evaluate")
+        cli.main(["evaluate", store, "--tokens", "0"])
+        assert "fvu" in capsys.readouterr()[0]
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from activation_store.errors import UserError
+from activation_store.foreign import UNKNOWN_MODEL
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -380,6 +381,11 @@ def resolve_model(name: str) -> ModelSpec:
     """
     if name == "bundled":
         return _resolve_folder("bundled", BUNDLED_FOLDER)
+    if name == UNKNOWN_MODEL["name"]:
+        raise UserError(
+            "It is not known which language model the activations are of: they were imported from a file that does "
+            "not say. What needs the model or its tokenizer cannot be done; import them again with --model to name it."
+        )
     scheme, colon, argument = name.partition(":")
     if colon and (loader := find_loader(scheme)) is not None:
         return loader.resolve(argument)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from activation_store.errors import UserError
+from activation_store.foreign import has_tokens
 from activation_store.progress import NoProgress, Progress
 from dictlearn.dictionaries import config_class
 from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe
@@ -103,7 +104,8 @@ def check(config: IndexConfig, workspace: Workspace) -> tuple[IndexWork, IndexPl
             f"The store {store.name!r} has {rows:,} rows; an index holds at most {MOST_ROWS:,}, so set rows."
         )
     model = resolve_model(trained_on["model"]["name"])
-    if model.fingerprint != trained_on["model"]["fingerprint"]:
+    # An imported store may know its model by name alone.
+    if trained_on["model"]["fingerprint"] not in (None, model.fingerprint):
         raise UserError(
             f"The model {model.name!r} has changed since the store {store.name!r} was harvested from it (its "
             "config or weights have another fingerprint); restore it, or harvest and train again."
@@ -212,6 +214,11 @@ def _check_store(store: Store, run: str, trained_on: dict[str, Any], d_in: int) 
         raise UserError(
             f"The store {name!r} was made by the model {made_by['name']!r}, the run {run!r} was trained on "
             f"{trained_on['model']['name']!r}; name a store of that model."
+        )
+    if not has_tokens(store):
+        raise UserError(
+            f"The store {name!r} has no tokens: it was imported from a file without them. A feature page shows text: "
+            "index a store that has some."
         )
     hook = trained_on["hook_in"]
     if hook not in store.hooks:

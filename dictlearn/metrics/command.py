@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from activation_store.errors import UserError
+from activation_store.foreign import has_tokens
 from activation_store.progress import NoProgress, Progress
 from dictlearn.dictionaries.description import describe
 from dictlearn.workspace import RunFiles, Workspace, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from activation_store.store import Store
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     there = read_evaluation(files)
     if there is not None and (there.store_fingerprint, there.asked) == (store.fingerprint, asked(config)):
         return there
+    if config.tokens:
+        _refuse_without_text_or_model(store)
     from dictlearn.metrics.evaluation import evaluate
 
     evaluation = evaluate(config, files, store, progress or NoProgress())
@@ -88,9 +93,25 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     return evaluation
 
 
+def _refuse_without_text_or_model(store: Store) -> None:
+    from activation_store.harvest.language_model import resolve_model
+
+    alone = "--tokens 0 measures reconstruction alone"
+    if not has_tokens(store):
+        raise UserError(
+            f"The store {store.name!r} has no text to run the language model on: it was imported from a file without "
+            f"tokens; {alone}."
+        )
+    try:
+        resolve_model(store.provenance["model"]["name"])
+    except UserError as refusal:
+        raise UserError(f"{str(refusal).rstrip('.')}; {alone}.") from refusal
+
+
 def evaluations(workspace: str | Path = "workspace") -> pd.DataFrame:
     """Every evaluated run of a workspace, a row each: the run, its store and hooks, then every metric by its name."""
     import pandas as pd
+
 
     there = Workspace(Path(workspace))
     found = [read_evaluation(there.run(name)) for name in there.runs()]

@@ -80,7 +80,7 @@ def test_what_the_file_does_not_tell_is_unknown_and_not_invented(theirs):
         ("theirs.h5:x (held-out rows)", "held-out", 20),
     ]
     assert np.array_equal(store.documents(0, ROWS), np.arange(ROWS) >= 180)
-    assert store.provenance["model"] == {"name": "unknown", "fingerprint": None}
+    assert store.provenance["model"] == {"name": "(unknown)", "fingerprint": None}
     assert store.provenance["imported"]["file"] == "theirs.h5" and store.provenance["imported"]["dataset"] == "x"
 
 
