@@ -22,6 +22,9 @@ from activation_store.spec import ArraySpec, Geometry
 
 NOWHERE = -1
 
+TO_BE_USED = 1 << 40
+"""Added to the time of a chunk that was fetched ahead, so that chunks already used make room before it does."""
+
 
 class Arena:
     """The decoded chunks of one array.
@@ -31,7 +34,7 @@ class Arena:
         array, geometry: the array and how it is cut.
         chunks: how many it has.
         slots: how many are kept.
-        decode: from the stored bytes of a chunk to its own.
+        decode: puts the chunk of the stored bytes into its slot.
         index: shard number -> where its chunks are.
         pool: what fetches.
     """
@@ -90,7 +93,7 @@ class Arena:
         with self._free:
             absent = chunks[self._slot_of_chunk[chunks] == NOWHERE]
             room = int((self._pins == 0).sum())
-            self._begin(absent[:room])
+            self._begin(absent[:room], used=self._clock + TO_BE_USED)
 
     def _take_block(self, chunks: np.ndarray, chunk_of_row: np.ndarray, within: np.ndarray, out: np.ndarray) -> None:
         slots, filling = self._pin(chunks)
@@ -128,7 +131,7 @@ class Arena:
             self._used[slots] = self._clock
             return slots, [self._filling[chunk] for chunk in chunks.tolist() if chunk in self._filling]
 
-    def _begin(self, chunks: np.ndarray) -> None:
+    def _begin(self, chunks: np.ndarray, used: int = 0) -> None:
         """Give absent chunks slots and send for them, one request for each shard. The caller holds the lock."""
         if not len(chunks):
             return
@@ -138,8 +141,7 @@ class Arena:
         self._slot_of_chunk[before[before != NOWHERE]] = NOWHERE
         self._slot_of_chunk[chunks] = slots
         self._chunk_of_slot[slots] = chunks
-        self._clock += 1
-        self._used[slots] = self._clock
+        self._used[slots] = used
         self._pins[slots] += 1  # until it is filled
         shards = chunks // self._geometry.chunks_per_shard
         for shard in np.unique(shards).tolist():
@@ -181,7 +183,7 @@ class Arena:
             raise UserError(f"{self._place.where(key)} cannot be read: {problem.strerror or problem}.") from problem
         for (chunk, slot), content in zip(there, stored, strict=True):
             try:
-                self._bytes[slot] = np.frombuffer(self._decode(content, self._chunk_bytes), dtype=np.uint8)
+                self._decode(content, self._bytes[slot])
             except ValueError as problem:
                 raise UserError(
                     f"{self._place.where(key)} is damaged: its chunk {chunk} cannot be decoded ({problem})."

@@ -14,7 +14,7 @@ from activation_store.errors import UserError
 from activation_store.spec import COMPRESSIONS
 
 Encode = Callable[[Any], bytes]
-Decode = Callable[[Any, int], Any]
+Decode = Callable[[Any, np.ndarray], None]
 
 
 def check_compression(name: object) -> str:
@@ -30,21 +30,21 @@ def encoder(compression: str) -> Encode | None:
 
 
 def decoder(compression: str) -> Decode:
-    """A function from the stored bytes, and how many they should become, to a chunk's bytes.
+    """A function that puts the chunk of stored bytes into a uint8 array of a chunk's length.
 
     It raises ValueError when they are not what the encoder made; zstd's own checksum finds a flipped bit. It never
     takes more memory than those bytes and the chunk.
     """
     if compression == "none":
-        return _same
+        return _copy
     zstd = _zstd(compression)
 
-    def decode(stored: Any, length: int) -> Any:
+    def decode(stored: Any, chunk: np.ndarray) -> None:
         stated = _stated_length(bytes(stored[:LONGEST_HEADER]))
-        if stated not in (length, None):
-            raise ValueError(f"{stated} bytes where {length} should be")
+        if stated not in (len(chunk), None):
+            raise ValueError(f"{stated} bytes where {len(chunk)} should be")
         try:
-            return zstd.decode(stored, np.empty(length, dtype=np.uint8))
+            zstd.decode(stored, chunk)
         except (RuntimeError, MemoryError) as problem:
             raise ValueError(str(problem) or "it says that it is larger than the memory") from None
 
@@ -64,10 +64,10 @@ def _stated_length(header: bytes) -> int | None:
     return None if width == 0 else number + 256 if width == 2 else number
 
 
-def _same(stored: Any, length: int) -> Any:
-    if len(stored) != length:
-        raise ValueError(f"{len(stored)} bytes where {length} should be")
-    return stored
+def _copy(stored: Any, chunk: np.ndarray) -> None:
+    if len(stored) != len(chunk):
+        raise ValueError(f"{len(stored)} bytes where {len(chunk)} should be")
+    chunk[:] = np.frombuffer(stored, dtype=np.uint8)
 
 
 def _zstd(compression: str) -> Any:
