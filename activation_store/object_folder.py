@@ -12,9 +12,7 @@ A network that fails is waited for, but not for ever: `PATIENCE` seconds, or `FI
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import socket
 import tempfile
 import threading
@@ -28,6 +26,7 @@ from typing import Any, TypeVar
 
 from activation_store.disk import Disk, default_disk
 from activation_store.errors import UserError
+from activation_store.object_errors import in_short, in_words, is_final
 from activation_store.place import OpenFile, Place
 from activation_store.spec import OWNER_FILE
 
@@ -47,13 +46,6 @@ PUT_AT_ONCE = 8
 Result = TypeVar("Result")
 
 
-class Unreachable(OSError):
-    """What went wrong, in words, as an OSError: the writer and the reader say what it means for the store."""
-
-    def __init__(self, sentence: str):
-        super().__init__(errno.EIO, sentence)
-
-
 class ObjectFolder(Place):
     """The objects of ``store`` (an obstore store), whose prefix is the location."""
 
@@ -62,7 +54,8 @@ class ObjectFolder(Place):
         self._store = store
         self._disk = disk or default_disk()  # only for its named points, at which tests kill us
         self._tags: dict[str, str | None] = {}  # of the objects that are replaced conditionally
-        self._reached = False
+        self._waits = True
+        self._answered: bool | None = None  # whether the last request was; None: there was none yet
 
     @classmethod
     def of_url(cls, url: str, disk: Disk | None = None) -> ObjectFolder:
@@ -87,8 +80,14 @@ class ObjectFolder(Place):
         try:
             store = from_url(url.rstrip("/"), client_options=client, retry_config=retries)
         except (BaseError, ValueError, TypeError, OSError) as problem:
-            raise UserError(f"{url} cannot be opened: {_first_line(problem)}.") from problem
+            raise UserError(f"{url} cannot be opened: {in_short(problem)}.") from problem
         return cls(store, url, disk)
+
+    def impatient(self) -> ObjectFolder:
+        """The same place for another thread: it knows its own tags, and does not wait for a network that is away."""
+        other = ObjectFolder(self._store, self.location, self._disk)
+        other._tags, other._waits = dict(self._tags), False
+        return other
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -202,11 +201,15 @@ class ObjectFolder(Place):
 
         for key in keys:
             self._disk.reach(f"{subject}.remove")
-            pages: list[Any] = self._patiently(partial(list, obstore.list(self._store, key)))
-            below = [entry["path"] for page in pages for entry in page]
+            below = self._patiently(partial(self._listed, key))
             for path in [*below, key]:  # listing a prefix does not give the object of that very name
                 with contextlib.suppress(FileNotFoundError):
                     self._patiently(partial(obstore.delete, self._store, path))
+
+    def _listed(self, folder: str) -> list[str]:
+        import obstore
+
+        return [found["path"] for page in obstore.list(self._store, folder) for found in page]
 
     # --- patience -----------------------------------------------------------------------------------------------------
 
@@ -215,55 +218,29 @@ class ObjectFolder(Place):
         return self._tags.get(key)
 
     def _patiently(self, request: Callable[[], Result]) -> Result:
-        """The answer to a request, repeated while the server or the network is away."""
-        from obstore.exceptions import BaseError, GenericError
+        """The answer to a request, repeated while the server or the network is away.
+
+        Once we have given it up, what follows (closing, letting go of the owner) is tried, but not waited for.
+        """
+        from obstore.exceptions import BaseError
 
         _refuse_fork(self.location)
-        give_up = time.monotonic() + (PATIENCE if self._reached else FIRST_PATIENCE)
+        patience = {None: FIRST_PATIENCE, True: PATIENCE, False: 0.0}[self._answered] if self._waits else 0.0
+        give_up = time.monotonic() + patience
         pause = 0.2
         while True:
             try:
                 answer = request()
-            except (FileNotFoundError, PermissionError, FileExistsError, BaseError, OSError) as problem:
-                refused = not isinstance(problem, GenericError) and not _is_away(problem)
-                if refused or _is_final(problem) or time.monotonic() + pause > give_up:
-                    raise self._in_words(problem) from problem
+            except (BaseError, OSError, NotImplementedError) as problem:
+                final = is_final(problem)
+                if final or time.monotonic() + pause > give_up:
+                    self._answered = final
+                    raise in_words(problem) from problem
                 time.sleep(pause)
                 pause = min(5.0, pause * 2)
                 continue
-            self._reached = True
+            self._answered = True
             return answer
-
-    def _in_words(self, problem: Exception) -> Exception:
-        from obstore.exceptions import (
-            AlreadyExistsError,
-            NotSupportedError,
-            PermissionDeniedError,
-            PreconditionError,
-            UnauthenticatedError,
-        )
-
-        said = str(problem)
-        if "NoSuchBucket" in said or "bucket does not exist" in said:
-            return Unreachable("there is no such bucket; make it first")
-        if isinstance(problem, (FileNotFoundError, FileExistsError, AlreadyExistsError, PreconditionError)):
-            return problem
-        if isinstance(problem, (NotSupportedError, NotImplementedError)):
-            return problem
-        if isinstance(problem, (PermissionDeniedError, UnauthenticatedError)) or "403 Forbidden" in said:
-            return Unreachable(f"the server refuses our credentials ({_first_line(problem)})")
-        if "169.254.169.254" in said or "InstanceMetadata" in said or "task-creds" in said:
-            return Unreachable("there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        return Unreachable(f"the server cannot be reached or fails ({_first_line(problem)})")
-
-
-def _is_away(problem: Exception) -> bool:
-    return isinstance(problem, (ConnectionError, TimeoutError))
-
-
-def _is_final(problem: Exception) -> bool:
-    """Whether an error that says nothing by its type is one that repeating does not help."""
-    return re.search(r"status 4(?!08|29)\d\d|NoSuchBucket|builder error", str(problem)) is not None
 
 
 _process: int | None = None
@@ -277,10 +254,6 @@ def _refuse_fork(location: str) -> None:
         raise UserError(
             f"{location} cannot be reached from a process forked after it was; start worker processes by spawn."
         )
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(".")
 
 
 def _at_once(do: Callable[[str, Any], None], items: Sequence[tuple[str, Any]]) -> None:
@@ -310,6 +283,7 @@ class Lease:
 
     def __init__(self, place: ObjectFolder, name: str):
         self._place = place
+        self._renewed = place  # what the thread has to itself, once it runs
         self._name = name
         self._token = uuid.uuid4().hex
         self._count = 0
@@ -323,6 +297,7 @@ class Lease:
         lease = cls(place, f"{os.getpid()} on {socket.gethostname()}")
         if lease._read() is not None or not place.put_if(OWNER_FILE, lease._content(), None, new=True):
             lease._wait_until_it_is_free()
+        lease._renewed = place.impatient()
         lease._thread.start()
         return lease
 
@@ -346,7 +321,7 @@ class Lease:
 
     def check(self) -> None:
         now = self._read()  # also for servers that ignore the conditions of our writes
-        if self._lost is None and (now is None or self._token.encode() not in now):
+        if self._lost is None and not self._is_ours(now):
             self._lost = _written_by(self._place, now)
         if self._lost is not None:
             raise UserError(self._lost)
@@ -355,8 +330,8 @@ class Lease:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._lost is None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # an owner that stays behind is taken over
+            if self._lost is None and self._is_ours(self._read()):
                 self._place.remove([OWNER_FILE], "owner")
 
     def _read(self) -> bytes | None:
@@ -365,15 +340,22 @@ class Lease:
         except FileNotFoundError:
             return None
 
+    def _is_ours(self, content: bytes | None) -> bool:
+        return content is not None and self._token.encode() in content
+
     def _content(self) -> bytes:
         return f"{self._name}\n{self._token}\n{self._count}\n".encode()
 
     def _renew(self) -> None:
+        place = self._renewed
         while not self._stop.wait(RENEWED_EVERY):
             self._count += 1
             try:
-                if not self._place.put_if(OWNER_FILE, self._content(), self._place.tag(OWNER_FILE), new=False):
-                    self._lost = _written_by(self._place, self._read())
+                if place.put_if(OWNER_FILE, self._content(), place.tag(OWNER_FILE), new=False):
+                    continue
+                now = place.read(OWNER_FILE)  # our own, if the answer to the last renewal was lost on its way
+                if not self._is_ours(now):
+                    self._lost = _written_by(place, now)
                     return
             except OSError:
                 continue  # the network is away; whoever writes meanwhile will be told, and we look again

@@ -446,9 +446,9 @@ class StoreWriter:
                     f"The disk of {self.place.location} is full. {committed}: free some space and run the same command "
                     "again."
                 ) from problem
+            goes_on = f" {committed}, and the same command continues from there." if self._committed_or_none() else ""
             raise UserError(
-                f"{self.place.location} cannot be written: {problem.strerror or problem}. {committed}, and the same "
-                "command continues from there."
+                f"{self.place.location} cannot be written: {problem.strerror or problem}.{goes_on}"
             ) from problem
 
     def _committed_or_none(self) -> int:

@@ -43,7 +43,7 @@ class CutProxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._left: dict[str, int] = {}
-        self._listener: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -89,17 +89,20 @@ class CutProxy:
     async def _restore(self) -> None:
         self._flowing.set()
         self._left = {}
-        if self._listener is None:
-            listening = socket.socket()
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(("127.0.0.1", self.port))
-            self._listener = await asyncio.start_server(self._connect, sock=listening)
+        if self._listening is None:
+            self._listening = socket.socket()
+            self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listening.setblocking(False)
+            self._listening.bind(("127.0.0.1", self.port))
+            self._listening.listen(64)
+            self._loop.add_reader(self._listening, self._accept)
 
     async def _cut(self) -> None:
-        if self._listener is None:
+        if self._listening is None:
             return
-        self._listener.close()
-        self._listener = None
+        self._loop.remove_reader(self._listening)
+        self._listening.close()
+        self._listening = None
         self._left = {}
         self.cuts += 1
         for writer in self._writers:
@@ -113,21 +116,30 @@ class CutProxy:
         if self._connections:
             await asyncio.wait(self._connections)
 
-    async def _connect(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
-        try:
+    def _accept(self) -> None:
+        # Not asyncio.start_server: closed while it accepts, it leaves a connection that nobody serves and nobody ends.
+        assert self._listening is not None
+        with contextlib.suppress(BlockingIOError):
+            client, _ = self._listening.accept()
+            client.setblocking(False)
+            connection = self._loop.create_task(self._connect(client))
+            self._connections.add(connection)
+            connection.add_done_callback(self._connections.discard)
+
+    async def _connect(self, client: socket.socket) -> None:
+        from_client, to_client = await asyncio.open_connection(sock=client)
+        self._writers.add(to_client)
+        with contextlib.suppress(OSError):  # nobody there
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self._server_port)
-        except OSError:  # nobody there
-            to_client.transport.abort()
-            return
-        self._writers |= {to_client, to_server}
-        await asyncio.gather(
-            self._pass_on("sent", from_client, to_server), self._pass_on("received", from_server, to_client)
-        )
-        self._writers -= {to_client, to_server}
+            self._writers.add(to_server)
+            if self._listening is None:  # cut meanwhile
+                to_server.close()
+            await asyncio.gather(
+                self._pass_on("sent", from_client, to_server), self._pass_on("received", from_server, to_client)
+            )
+            self._writers.discard(to_server)
+        to_client.close()
+        self._writers.discard(to_client)
 
     async def _pass_on(self, way: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen = b""
