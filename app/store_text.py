@@ -17,10 +17,12 @@ DOCUMENTS_LISTED = 5000
 
 @dataclass(frozen=True)
 class HookNumbers:
-    """Lengths of one hook's rows: their mean, the root of their mean square, and the length of the mean row."""
+    """Lengths of one hook's rows: mean, median, root of the mean square; rows far above the median; the mean row's."""
 
     mean_norm: float
+    median_norm: float
     rms_norm: float
+    outliers: int
     norm_of_mean: float
 
 
@@ -52,6 +54,8 @@ def hook_numbers(store: Store, hook: str) -> HookNumbers:
     statistics = store.statistics(hook)
     return HookNumbers(
         mean_norm=statistics.mean_norm,
+        median_norm=statistics.median_norm,
+        outliers=statistics.norm_outliers,
         rms_norm=float(np.sqrt(statistics.mean_squared_norm)),
         norm_of_mean=float(np.linalg.norm(statistics.mean)),
     )

@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 
 from activation_store.errors import UserError
+from activation_store.spec import NORM_OUTLIER_RATIO
 from activation_store.store import Store
 from dictlearn_app import links, loading, router
 from dictlearn_app.screens.home import named
@@ -94,6 +95,7 @@ def about(store: Store) -> list[Block]:
                 ("training rows", f"{rows_in(store, 'train'):,}"),
                 ("held-out rows", f"{rows_in(store, 'held-out'):,}"),
                 ("rows in a shard", f"{manifest.geometry.rows_per_shard:,}", "a shard is one commit"),
+                ("chunks", "as they are" if manifest.compression == "none" else f"compressed, {manifest.compression}"),
                 ("left out", ", ".join(f"{n:,} {why}" for why, n in manifest.excluded.items()) or "nothing"),
             ]
         ),
@@ -116,7 +118,9 @@ def hooks(store: Store) -> list[Block]:
         column("type", "right"),
         column("on disk", "right"),
         column("mean norm", "right", "mean Euclidean length of a row"),
+        column("median norm", "right"),
         column("rms norm", "right", "root of the mean squared length"),
+        column("outliers", "right", f"rows longer than {NORM_OUTLIER_RATIO:.0f} times the median"),
         column("norm of the mean", "right", "length of the mean row: how far the cloud lies from the origin"),
     ]
     return [section("Hooks"), table(columns, [hook_row(store, hook) for hook in store.hooks])]
@@ -124,12 +128,14 @@ def hooks(store: Store) -> list[Block]:
 
 def hook_row(store: Store, name: str) -> dict[str, Any]:
     hook = store.hook(name)
-    norms = ["not yet"] * 3
+    norms = ["not yet"] * 5
     if store.complete:
         try:
             numbers = hook_numbers(store, name)
-            norms = [short(value) for value in (numbers.mean_norm, numbers.rms_norm, numbers.norm_of_mean)]
+            lengths = (numbers.mean_norm, numbers.median_norm, numbers.rms_norm, numbers.norm_of_mean)
+            norms = [short(value) for value in lengths]
+            norms.insert(3, f"{numbers.outliers:,}")
         except UserError as error:
-            return row([name, {"text": str(error), "tone": "error-text"}, "", "", "", "", ""])
+            return row([name, {"text": str(error), "tone": "error-text"}, *[""] * 7])
     shape = " × ".join(f"{n:,}" for n in hook.shape)
     return row([name, shape, hook.dtype, size(store.rows * hook.array.row_bytes), *norms])
