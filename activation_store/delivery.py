@@ -18,6 +18,9 @@ import torch
 
 from activation_store.spec import HookSpec
 
+ALIGNMENT = 64
+"""As torch's own memory has it: matrix products round differently where operands lie differently."""
+
 
 class Delivery:
     """Makes the tensors of one device and type; safe to use from several threads.
@@ -83,7 +86,9 @@ class ReusedMemory:
         try:
             memory = free.pop()
         except IndexError:
-            memory = np.empty(size, dtype=np.uint8)
+            memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
+            start = -memory.ctypes.data % ALIGNMENT
+            memory = memory[start : start + size]
         # What torch holds on to, until the last tensor is gone, is this very array; a view of it would not do.
         lent = memory[:]
         weakref.finalize(lent, free.append, memory).atexit = False

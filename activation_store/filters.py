@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from activation_store.errors import UserError
-from activation_store.spec import DocumentRows
+from activation_store.spec import SPLITS, DocumentRows
 
 BLOCK_ROWS = 1 << 18
 """Rows looked at together: 2 MiB of norms for each hook."""
@@ -102,6 +102,18 @@ def select_rows(
         counts = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
         raise UserError(f"No row of {where} passes the filter (left out of {before:,} rows: {counts}); make it wider.")
     return Selection(ranges, left_out)
+
+
+def ranges_of_split(documents: Sequence[DocumentRows], split: str) -> np.ndarray:
+    """The rows of the documents in a split (train, held-out or all), as ascending ranges (n, 2).
+
+    Raises:
+        UserError: there is no such split.
+    """
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"There is no split {split!r}; use {', '.join(SPLITS)} or all.")
+    chosen = [(d.first_row, d.first_row + d.rows) for d in documents if split in (d.split, "all")]
+    return _joined([np.array(chosen, dtype=np.int64).reshape(-1, 2)])
 
 
 def _passing(

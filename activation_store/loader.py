@@ -108,7 +108,7 @@ class Loader(BatchSource):
         )
         order = RandomChunks(*arguments)
         super().__init__(
-            names,
+            [store.hook(name) for name in names],
             order,
             ConsecutiveChunks(*arguments) if follow else order,
             split=split,

@@ -151,8 +151,8 @@ class ConsecutiveChunks(Order):
         bounds = _cut(len(self.chunks), windows_each * self.world_size)
         dealt = []
         for rank in range(self.world_size):
-            firsts = bounds[:-1][rank :: self.world_size]
-            counts = bounds[1:][rank :: self.world_size] - firsts
+            firsts, stops = bounds[:-1][rank :: self.world_size], bounds[1:][rank :: self.world_size]
+            firsts, counts = firsts[firsts < stops], (stops - firsts)[firsts < stops]  # few chunks make fewer windows
             dealt.append((_each_counted_from(firsts, counts), np.append(0, np.cumsum(counts))))
         return dealt
 
@@ -200,6 +200,10 @@ class Epoch:
                 self._recent.clear()
             self._recent[window] = rows
         return rows
+
+    def sorted_rows_of_window(self, window: int) -> np.ndarray:
+        """The rows of a window, ascending."""
+        return self.order.rows_of_chunks(np.sort(self._positions_of_window(window)))
 
     def _mix(self, window: int) -> np.ndarray:
         rows = self.order.rows_of_chunks(self._positions_of_window(window))

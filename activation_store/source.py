@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -105,7 +105,7 @@ class BatchSource(ABC):
 
     def __init__(
         self,
-        hooks: Iterable[str],
+        hooks: Sequence[HookSpec],
         order: Order,
         first_order: Order,
         *,
@@ -120,7 +120,8 @@ class BatchSource(ABC):
     ):
         if threads < 1 or prefetch < 0:
             raise ValueError(f"{threads} threads cannot read {prefetch} batches ahead; give 1 or more, and 0 or more")
-        self.hooks = list(hooks)
+        self.hooks = [hook.name for hook in hooks]
+        self._specs = {hook.name: hook for hook in hooks}
         self.order = order
         self.first_order = first_order
         self.split = split
@@ -177,11 +178,6 @@ class BatchSource(ABC):
     def d(self, hook: str) -> int:
         """Values in one row of a hook, as it is delivered."""
         return self._specs[hook].d
-
-    @cached_property
-    def _specs(self) -> dict[str, HookSpec]:
-        by_name = {hook.name: hook for hook in self.manifest.hooks}
-        return {name: by_name[name] for name in self.hooks}
 
     def epoch(self, epoch: int) -> Epoch:
         """The order of one epoch."""

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from activation_store.harvest.language_model import load_language_model, load_tokenizer, resolve_model
+    from activation_store.harvest.live import LiveLoader
     from activation_store.harvest.run import HarvestConfig, HarvestInterrupted, HarvestPlan, describe, harvest
 
 _HOMES = {
     "HarvestConfig": "run",
     "HarvestInterrupted": "run",
     "HarvestPlan": "run",
+    "LiveLoader": "live",
     "describe": "run",
     "harvest": "run",
     "load_language_model": "language_model",
@@ -24,6 +26,7 @@ __all__ = [
     "HarvestConfig",
     "HarvestInterrupted",
     "HarvestPlan",
+    "LiveLoader",
     "describe",
     "harvest",
     "load_language_model",

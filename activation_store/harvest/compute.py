@@ -45,7 +45,7 @@ def compute(request: Request, plan: BatchPlan, group: Group, progress: Progress,
         torch.set_num_threads(config.threads)
     try:
         with progress.task("Loading the model", total=1, unit="model") as task:
-            capture, way, words = _open_capture(request, plan)
+            capture, way, words = capture_of(request, plan)
             task.advance(1, through=words)
         request = replace(request, capture=way)
         # The writer's sums are small matrix products in numpy, whose BLAS has threads of its own beside torch's: they
@@ -63,7 +63,7 @@ def compute(request: Request, plan: BatchPlan, group: Group, progress: Progress,
         torch.set_num_threads(threads_before)
 
 
-def _open_capture(request: Request, plan: BatchPlan) -> tuple[Capture, str, str]:
+def capture_of(request: Request, plan: BatchPlan) -> tuple[Capture, str, str]:
     """The capture, "bridge" or "modules", and the same in words; compared on the first batch if the store is new."""
     import torch
 

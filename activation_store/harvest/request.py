@@ -124,7 +124,8 @@ class Request:
     """The way of reading activations, for which "auto" is a question still open: the first batch will answer it."""
 
     @classmethod
-    def of(cls, config: HarvestConfig) -> Request:
+    def of(cls, config: HarvestConfig, to_store: bool = True) -> Request:
+        """Look everything up. A request that is not to be stored needs no room, and no look at what is in its place."""
         _check_numbers(config)
         geometry = Geometry(config.rows_per_chunk, config.rows_per_shard)
         spec = resolve_model(config.model)
@@ -135,8 +136,8 @@ class Request:
                 f"most; use --context {spec.n_ctx} or less."
             )
         place = open_place(config.store)
-        existing = existing_manifest(place)
-        if existing is None:
+        existing = existing_manifest(place) if to_store else None
+        if existing is None and to_store:
             refuse_full_disk(place, config.tokens, hooks, geometry, None)
         limit = max(CORPUS_CHARS_KEPT, CORPUS_CHARS_PER_ROW * config.tokens)
         corpus = open_corpus(config.corpus, config.text_field, limit_chars=limit)

@@ -129,9 +129,10 @@ def _model(store: Store) -> str:
 def run_train(config: TrainConfig[Any], workspace: Workspace, progress: Progress | None = None) -> RunFiles:
     """Train, or continue, or return at once when the run is finished already."""
     store, control, plan = check(config, workspace)
-    from dictlearn.training.loop import train
+    from dictlearn.training.loop import open_loader, train
 
-    return train(config, plan.steps, store, control, workspace.run(config.name), progress or NoProgress())
+    loader = open_loader(config, store)
+    return train(config, plan.steps, loader, control, workspace.run(config.name), progress or NoProgress())
 
 
 def config_to_dict(config: TrainConfig[Any]) -> dict[str, Any]:

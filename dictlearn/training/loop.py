@@ -1,4 +1,4 @@
-"""Fit one dictionary to the rows of a store.
+"""Fit one dictionary to the rows of a store, or of a live model.
 
 A step is: batch, loss (encode, decode, terms), backward, projection, clip, optimise, constrain, count, log. A run that
 is killed and started again continues at its last checkpoint and then equals, bit for bit on the same machine, the run
@@ -22,6 +22,7 @@ from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import Progress
 from activation_store.seeds import derive_seed
+from activation_store.source import ActivationSource
 from activation_store.store import Store
 from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.base import Dictionary, Loss
@@ -40,7 +41,7 @@ class TrainState:
     step: int
     dictionary: Dictionary
     optimiser: torch.optim.Optimizer
-    loader: Loader
+    loader: ActivationSource
     generator: torch.Generator
 
     def save(self, files: RunFiles) -> None:
@@ -76,16 +77,21 @@ class TrainState:
 
 
 def train(
-    config: TrainConfig[Any], steps: int, store: Store, control: Store, files: RunFiles, progress: Progress
+    config: TrainConfig[Any],
+    steps: int,
+    loader: ActivationSource,
+    control: Store | ActivationSource,
+    files: RunFiles,
+    progress: Progress,
 ) -> RunFiles:
     """Train to ``steps`` and save the folded dictionary; a finished run is returned as it is.
 
-    ``control`` is the store whose statistics centre and whiten, for dictionaries that do.
+    ``control`` is what has the statistics that centre and whiten, for dictionaries that do.
     """
     claim(config, files)
     if files.dictionary.exists():
         return files
-    state = build(config, store, control)
+    state = build(config, loader, control)
     if files.checkpoint.exists():
         state.load(files)
     cut_back(files, state.step)
@@ -151,10 +157,10 @@ def claim(config: TrainConfig[Any], files: RunFiles) -> None:
     os.replace(temporary, files.config)
 
 
-def build(config: TrainConfig[Any], store: Store, control: Store) -> TrainState:
-    """Loader, initialised dictionary and optimiser, before the first step."""
+def open_loader(config: TrainConfig[Any], store: Store) -> Loader:
+    """The training rows of a store, in the run's own order."""
     hooks = [config.hook] if config.target_hook is None else [config.hook, config.target_hook]
-    loader = Loader(
+    return Loader(
         store,
         hooks,
         config.batch_size,
@@ -163,11 +169,15 @@ def build(config: TrainConfig[Any], store: Store, control: Store) -> TrainState:
         buffer_rows=config.buffer_rows,
         device=config.device,
     )
+
+
+def build(config: TrainConfig[Any], loader: ActivationSource, control: Store | ActivationSource) -> TrainState:
+    """Initialised dictionary and optimiser, before the first step."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "dictionary") % 2**63)
-    d_out = None if config.target_hook is None else store.d(config.target_hook)
-    dictionary = dictionary_class(config.dictionary.kind)(config.dictionary, store.d(config.hook), d_out)
-    dictionary.provenance = provenance(config, store)
-    first = first_rows(loader, min(INITIAL_ROWS, sum(b - a for a, b in store.split_rows("train"))))
+    d_out = None if config.target_hook is None else loader.d(config.target_hook)
+    dictionary = dictionary_class(config.dictionary.kind)(config.dictionary, loader.d(config.hook), d_out)
+    dictionary.provenance = provenance(config, loader)
+    first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
     dictionary.initialise(
         first[config.hook], first.get(config.target_hook or ""), generator, control.statistics(config.hook)
     )
@@ -182,20 +192,20 @@ def build(config: TrainConfig[Any], store: Store, control: Store) -> TrainState:
     return TrainState(0, dictionary, optimiser, loader, generator)
 
 
-def provenance(config: TrainConfig[Any], store: Store) -> dict[str, Any]:
+def provenance(config: TrainConfig[Any], loader: ActivationSource) -> dict[str, Any]:
     """What the dictionary was made from, kept beside its weights."""
-    manifest = store.manifest
+    manifest = loader.manifest
     return {
         "hook_in": config.hook,
         "hook_out": config.target_hook or config.hook,
         "model": manifest.provenance["model"],
         "bos_left_out": manifest.batches.get("bos_token_id") is not None,
-        "store": {"name": config.store, "fingerprint": store.fingerprint},
+        "store": {"name": config.store, "fingerprint": manifest.fingerprint},
         "seed": config.seed,
     }
 
 
-def first_rows(loader: Loader, count: int) -> dict[str, Tensor]:
+def first_rows(loader: ActivationSource, count: int) -> dict[str, Tensor]:
     """The first rows in training order, gathered from whole batches, without moving the loader."""
     state = loader.state_dict()
     batches, rows = [], 0

@@ -148,6 +148,10 @@ def test_consecutive_windows_come_in_row_order(order):
     of_epoch = order.epoch(1)
     windows = [np.sort(of_epoch.rows_of_window(window)) for window in range(of_epoch.windows)]
     assert np.concatenate(windows).tolist() == sorted(rows_of(order))
+    assert all(len(window) for window in windows)
+    assert [window.tolist() for window in windows] == [
+        of_epoch.sorted_rows_of_window(window).tolist() for window in range(of_epoch.windows)
+    ]
 
 
 def test_ranks_take_consecutive_windows_in_turn():

@@ -397,7 +397,7 @@ def test_refused_in_one_sentence(config, monkeypatch, change, expected):
     def too_late(*arguments):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(compute, "_open_capture", too_late)
+    monkeypatch.setattr(compute, "capture_of", too_late)
     for what in (harvest, describe):
         sentence = said(replace(config, **change), what)
         assert expected in sentence and "\n" not in sentence
@@ -434,7 +434,7 @@ def test_a_corpus_without_text_is_refused(config, tmp_path):
 def test_a_store_made_otherwise_is_refused_and_left_alone(config, monkeypatch, change, expected, stop_after):
     harvest(config, stop_after=stop_after)
     before = bytes_of(config.store)
-    monkeypatch.setattr(compute, "_open_capture", None)
+    monkeypatch.setattr(compute, "capture_of", None)
     sentence = said(replace(config, **change))
     assert "was made otherwise" in sentence and expected in sentence
     assert bytes_of(config.store) == before
