@@ -19,12 +19,9 @@ import xxhash
 from activation_store.bfloat16 import from_float32, to_float32
 from activation_store.errors import UserError
 from activation_store.progress import NoProgress, Progress
-from activation_store.spec import ACTIVATION_TYPES, DocumentRows, Geometry, HookSpec, StorePlan
+from activation_store.spec import ACTIVATION_TYPES, UNKNOWN, DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.store import Store
 from activation_store.writer import StoreWriter
-
-UNKNOWN = -1
-"""Token id or position of a row whose file does not tell it."""
 
 UNKNOWN_MODEL = {"name": "(unknown)", "fingerprint": None}
 """What provenance says of the model when nobody does: a name that no model can have."""

@@ -103,7 +103,7 @@ def _write(store: Store, file: Path, progress: Progress) -> None:
         datasets, digests = {}, {}
         for array in arrays:
             shape = (store.rows, *array.row_shape)
-            datasets[array.path] = opened.create_dataset(array.path, shape, dtype=array.carrier)
+            datasets[array.path] = _create(opened, array.path, shape=shape, dtype=array.carrier)
             digests[array.path] = xxhash.xxh3_64()
             if array.dtype == "bfloat16":
                 datasets[array.path].attrs[BFLOAT16_ATTRIBUTE] = array.dtype
@@ -116,12 +116,20 @@ def _write(store: Store, file: Path, progress: Progress) -> None:
         for path, dataset in datasets.items():
             dataset.attrs[CHECKSUM_ATTRIBUTE] = digests[path].hexdigest()
         for name, column in _document_columns(store.document_table).items():
-            opened[f"{DOCUMENT_TABLE}/{name}"] = column
+            _create(opened, f"{DOCUMENT_TABLE}/{name}", data=column)
         opened[DOCUMENT_TABLE].attrs["splits"] = list(SPLITS)
         for hook in store.hooks:
             statistics = store.statistics(hook)
             for name, dtype in STATISTICS_ARRAYS.items():
-                opened[f"{STATISTICS}/{hook}/{name}"] = np.asarray(getattr(statistics, name), dtype=dtype)
+                _create(opened, f"{STATISTICS}/{hook}/{name}", data=np.asarray(getattr(statistics, name), dtype=dtype))
+
+
+def _create(opened: h5py.File, path: str, **what: Any) -> h5py.Dataset:
+    """A dataset, and first the groups above it: those that HDF5 makes by itself hold the time of day."""
+    parts = path.split("/")
+    for depth in range(1, len(parts)):
+        opened.require_group("/".join(parts[:depth]))
+    return opened.create_dataset(path, **what)
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:

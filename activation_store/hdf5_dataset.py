@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from activation_store.errors import UserError
-from activation_store.foreign import BLOCK_BYTES, UNKNOWN, Block, ForeignRows, import_rows, stored_dtype, two_splits
+from activation_store.foreign import BLOCK_BYTES, Block, ForeignRows, import_rows, stored_dtype, two_splits
 from activation_store.hdf5 import BFLOAT16_ATTRIBUTE, open_hdf5, read_block, reading
 from activation_store.progress import Progress
-from activation_store.spec import Geometry, HookSpec
+from activation_store.spec import UNKNOWN, Geometry, HookSpec
 
 if TYPE_CHECKING:
     import h5py

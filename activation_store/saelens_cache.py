@@ -28,14 +28,13 @@ from activation_store.errors import UserError
 from activation_store.foreign import (
     BLOCK_BYTES,
     HELD_OUT_SHARE,
-    UNKNOWN,
     Block,
     ForeignRows,
     import_rows,
     stored_dtype,
 )
 from activation_store.progress import Progress
-from activation_store.spec import DocumentRows, Geometry, HookSpec
+from activation_store.spec import UNKNOWN, DocumentRows, Geometry, HookSpec
 
 if TYPE_CHECKING:
     import pyarrow

@@ -51,6 +51,9 @@ DOCUMENTS = "documents"
 DOCUMENT_TABLE = "document_table"
 STATISTICS = "statistics"
 
+UNKNOWN = -1
+"""Token id or position of a row whose source does not tell it, as an imported file may not."""
+
 SPLITS = ("train", "held-out")
 """What a document can belong to; the table stores the index into this tuple."""
 

@@ -232,7 +232,10 @@ def run_to_hdf5(config: ToHDF5Config, workspace: Workspace, progress: Progress) 
     """Raises UserError: see `activation_store.hdf5.to_hdf5`."""
     from activation_store.hdf5 import to_hdf5
 
-    to_hdf5(workspace.existing_store(config.store), config.file, progress)
+    try:
+        to_hdf5(workspace.existing_store(config.store), config.file, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted: {config.file} was not made, and nothing was left behind.") from None
     return FileWritten(str(config.file), config.file.stat().st_size)
 
 
@@ -423,9 +426,16 @@ def run_remove(config: RemoveConfig, workspace: Workspace, progress: Progress) -
     removal = Removal(lost, _runs_from(workspace, lost), _indexes_from(workspace, lost))
     if not config.yes:
         reports.removal_ahead(removal)
-        if not terminal.ask("Remove it?"):
+        try:
+            said_yes = terminal.ask("Remove it?")
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"Nothing was removed: {location} is as it was.") from None
+        if not said_yes:
             raise UserError(f"Nothing was removed: {location} is as it was. (--yes removes without asking.)")
-    remove(location)
+    try:
+        remove(location)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted; the same command finishes removing {location}.") from None
     return removal
 
 

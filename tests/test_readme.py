@@ -1,4 +1,4 @@
-"""The README does not lie: its commands parse, its verbs and options exist, its notebook runs."""
+"""The README and the page on stores do not lie: their commands parse, and the verbs and options exist."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
+STORE_PAGE = README.parent / "docs" / "store.md"
 
 
-def commands() -> list[str]:
-    """Every `dictlearn ...` command of the README's indented blocks, continuation lines joined."""
-    text = README.read_text().replace("\\\n", " ")
+def commands(page: Path) -> list[str]:
+    """Every `dictlearn ...` command of a page's indented blocks, continuation lines joined."""
+    text = page.read_text().replace("\\\n", " ")
     found = re.findall(r"^    (dictlearn .*?)(?:\s{2,}#.*)?$", text, flags=re.MULTILINE)
     return [" ".join(command.split()) for command in found]
 
 
 def test_there_are_commands_to_check():
-    assert len(commands()) > 8
+    assert len(commands(README)) > 8 and len(commands(STORE_PAGE)) > 8
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", [*commands(README), *commands(STORE_PAGE)])
 def test_every_command_is_understood(command, monkeypatch, tmp_path):
     """Parsed to a configuration by the real command line; running it is stopped right after."""
     from dictlearn import cli
@@ -30,13 +31,13 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path):
     class Understood(Exception):
         pass
 
-    parse = cli.parse
+    parse = cli._parse
 
     def parse_and_stop(*args, **kwargs):
         parse(*args, **kwargs)
         raise Understood
 
-    monkeypatch.setattr(cli, "parse", parse_and_stop)
+    monkeypatch.setattr(cli, "_parse", parse_and_stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sae.yaml").write_text("name: sae\nstore: code\nhook: blocks.2.hook_resid_post\n")
     with pytest.raises(Understood):
@@ -51,6 +52,14 @@ def test_every_verb_is_in_the_readme():
     assert missing == []
 
 
-def test_files_it_points_at_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+def test_every_verb_of_the_store_is_on_its_page():
+    from dictlearn.store_commands import VERBS
+
+    text = STORE_PAGE.read_text()
+    assert [verb for verb in VERBS if f"dictlearn store {verb} " not in text] == []
+
+
+@pytest.mark.parametrize("page", [README, STORE_PAGE])
+def test_files_it_points_at_exist(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -409,6 +409,27 @@ def test_rm_where_nobody_can_be_asked_needs_yes(workspace, capsys, monkeypatch):
     assert not workspace.store("code").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "interrupted", "words"),
+    [
+        (
+            ["to-hdf5", "code", "a.h5"],
+            "activation_store.hdf5.to_hdf5",
+            "a.h5 was not made, and nothing was left behind",
+        ),
+        (["rm", "code"], "dictlearn.terminal.ask", "Nothing was removed: workspace/stores/code.zarr is as it was."),
+        (["rm", "code", "--yes"], "activation_store.remove.remove", "the same command finishes removing workspace/"),
+    ],
+)
+def test_ctrl_c_says_what_is_left(workspace, capsys, monkeypatch, args, interrupted, words):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, interrupt)
+    code, _, complaint = run(capsys, *args)
+    assert code == 130 and words in complaint
+
+
 def test_rm_finishes_what_an_interrupted_rm_began(workspace, capsys):
     path = workspace.store("code")
     path.rename(path.with_name("code.zarr.removed"))

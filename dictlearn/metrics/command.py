@@ -112,7 +112,6 @@ def evaluations(workspace: str | Path = "workspace") -> pd.DataFrame:
     """Every evaluated run of a workspace, a row each: the run, its store and hooks, then every metric by its name."""
     import pandas as pd
 
-
     there = Workspace(Path(workspace))
     found = [read_evaluation(there.run(name)) for name in there.runs()]
     return pd.DataFrame(

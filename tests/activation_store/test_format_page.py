@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from activation_store.hdf5 import to_hdf5
 from activation_store.spec import FORMAT_VERSION, MANIFEST_ATTRIBUTE
 from activation_store.store import open_store
 from scripts.make.store_format_tables import TABLES, with_tables
@@ -36,12 +37,15 @@ def test_the_page_names_every_key_of_a_manifest_and_no_other(small_path):
         assert f"`{key}`" in section
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "store.zarr")
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    found: dict[str, np.ndarray] = {}
-    exec(example.replace("blocks.2.", "blocks.0."), found)
+    to_hdf5("store.zarr", "store.h5")
     store = open_store("store.zarr")
     bits = store.read_rows("blocks.0.hook_resid_post", 0, store.rows)
-    assert np.array_equal(found["rows"].view(np.uint32) >> 16, bits)
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(examples) == 2  # of Zarr, and of HDF5
+    for example in examples:
+        found: dict[str, np.ndarray] = {}
+        exec(example.replace("blocks.2.", "blocks.0."), found)
+        assert np.array_equal(found["rows"].view(np.uint32) >> 16, bits)

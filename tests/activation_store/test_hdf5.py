@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import h5py
@@ -27,8 +28,9 @@ from activation_store.hdf5 import from_hdf5, to_hdf5
 from activation_store.ownership import Ownership
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.store import open_store
-from activation_store.testing import UnsyncedDisk, assert_same_files
+from activation_store.testing import UnsyncedDisk, assert_same_files, files_of
 from activation_store.writer import StoreWriter
+from tests.activation_store.object_servers import new_url, objects_of
 from tests.activation_store.random_stores import random_stores
 from tests.activation_store.small_store import HOOKS, ROWS, append, open_writer, values
 
@@ -94,6 +96,12 @@ def test_any_reader_of_hdf5_sees_the_rows_under_the_names_of_the_store(exported,
         assert json.loads(opened.attrs["activation_store"])["fingerprint"] == small.fingerprint
 
 
+def test_nothing_in_the_file_tells_when_it_was_made(exported, small_path, fast_folder):
+    time.sleep(1.1)  # HDF5 counts seconds
+    to_hdf5(small_path, fast_folder / "later.h5")
+    assert (fast_folder / "later.h5").read_bytes() == exported.read_bytes()
+
+
 def test_a_file_repacked_by_another_program_still_comes_back(exported, small_path, fast_folder):
     """As h5repack does it: every dataset written anew, in chunks and compressed."""
     with h5py.File(exported) as source, h5py.File(fast_folder / "repacked.h5", "w") as target:
@@ -129,6 +137,18 @@ def test_memory_is_bounded_by_blocks_and_not_by_the_store(fast_folder, monkeypat
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < activations.nbytes / 3  # 10 MB of rows; a few blocks and the writer's own are 2
+
+
+@pytest.mark.needs("s3")
+def test_there_and_back_by_way_of_an_object_store(small_path, fast_folder, s3_server, monkeypatch):
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    url = new_url("small.zarr")
+    to_hdf5(small_path, fast_folder / "there.h5")
+    from_hdf5(fast_folder / "there.h5", url)
+    assert objects_of(url, s3_server.environment()) == files_of(small_path)
+    to_hdf5(url, fast_folder / "back.h5")
+    assert (fast_folder / "back.h5").read_bytes() == (fast_folder / "there.h5").read_bytes()
 
 
 # --- writing is all or nothing ----------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from activation_store import foreign, hdf5_dataset
+from activation_store import hdf5_dataset
 from activation_store.bfloat16 import from_float32, to_float32
 from activation_store.errors import UserError
 from activation_store.hdf5_dataset import import_dataset
-from activation_store.spec import Geometry
+from activation_store.spec import UNKNOWN, Geometry
 from activation_store.store import open_store
 from activation_store.testing import assert_same_files
 from activation_store.verify import verify
@@ -74,7 +74,7 @@ def test_values_of_a_type_that_a_store_has_keep_every_bit(theirs, monkeypatch, d
 
 def test_what_the_file_does_not_tell_is_unknown_and_not_invented(theirs):
     store = imported(theirs(x=np.ones((ROWS, 4), np.float32)))
-    assert set(store.token_ids(0, ROWS)) == set(store.positions(0, ROWS)) == {foreign.UNKNOWN} == {-1}
+    assert set(store.token_ids(0, ROWS)) == set(store.positions(0, ROWS)) == {UNKNOWN}
     assert [(d.id, d.split, d.rows) for d in store.document_table] == [
         ("theirs.h5:x (training rows)", "train", 180),
         ("theirs.h5:x (held-out rows)", "held-out", 20),

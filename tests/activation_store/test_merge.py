@@ -18,9 +18,10 @@ from activation_store.errors import UserError
 from activation_store.merge import merge
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.store import open_store
-from activation_store.testing import UnsyncedDisk, assert_same_files
+from activation_store.testing import UnsyncedDisk, assert_same_files, files_of
 from activation_store.verify import verify
 from activation_store.writer import StoreWriter
+from tests.activation_store.object_servers import new_url, objects_of
 from tests.activation_store.random_stores import RandomStore, random_stores
 from tests.activation_store.small_store import HOOKS, append, open_writer
 
@@ -179,6 +180,18 @@ def test_the_merged_store_can_be_compressed(fast_folder):
     merge(parts, fast_folder / "merged", compression="zstd")
     assert open_store(fast_folder / "merged").manifest.compression == "zstd"
     assert_together(fast_folder / "merged", *parts)
+
+
+@pytest.mark.needs("s3")
+def test_stores_are_merged_wherever_they_are(fast_folder, s3_server, monkeypatch):
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    parts = [made(fast_folder / "a", ["a"]), made(fast_folder / "b", ["b"], seed=1)]
+    there, merged = new_url("b"), new_url("merged.zarr")
+    made(there, ["b"], seed=1)
+    merge([parts[0], there], merged)
+    merge(parts, fast_folder / "merged")
+    assert objects_of(merged, s3_server.environment()) == files_of(fast_folder / "merged")
 
 
 # --- the same document in two of them ---------------------------------------------------------------------------------

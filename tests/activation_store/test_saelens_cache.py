@@ -19,9 +19,8 @@ import pytest
 from activation_store import saelens_cache
 from activation_store.bfloat16 import from_float32
 from activation_store.errors import UserError
-from activation_store.foreign import UNKNOWN
 from activation_store.saelens_cache import import_saelens_cache
-from activation_store.spec import Geometry
+from activation_store.spec import UNKNOWN, Geometry
 from activation_store.store import open_store
 from activation_store.testing import assert_same_files
 from activation_store.verify import verify
