@@ -30,6 +30,7 @@ from activation_store.errors import UserError
 from activation_store.ownership import Ownership
 from activation_store.progress import NoProgress, Progress, Task
 from activation_store.spec import (
+    DOCUMENT_COLUMNS,
     DOCUMENT_TABLE,
     DOCUMENTS,
     MANIFEST_ATTRIBUTE,
@@ -43,6 +44,7 @@ from activation_store.spec import (
     Manifest,
     StorePlan,
     differences,
+    document_columns,
 )
 from activation_store.store import Store, open_store
 from activation_store.writer import StoreWriter
@@ -103,7 +105,7 @@ def _write(store: Store, file: Path, progress: Progress) -> None:
         datasets, digests = {}, {}
         for array in arrays:
             shape = (store.rows, *array.row_shape)
-            datasets[array.path] = _create(opened, array.path, shape=shape, dtype=array.carrier)
+            datasets[array.path] = opened.create_dataset(array.path, shape, dtype=array.carrier)
             digests[array.path] = xxhash.xxh3_64()
             if array.dtype == "bfloat16":
                 datasets[array.path].attrs[BFLOAT16_ATTRIBUTE] = array.dtype
@@ -115,21 +117,14 @@ def _write(store: Store, file: Path, progress: Progress) -> None:
             task.advance(stop - start)
         for path, dataset in datasets.items():
             dataset.attrs[CHECKSUM_ATTRIBUTE] = digests[path].hexdigest()
-        for name, column in _document_columns(store.document_table).items():
-            _create(opened, f"{DOCUMENT_TABLE}/{name}", data=column)
+        for name, column in document_columns(store.document_table).items():
+            opened.create_dataset(f"{DOCUMENT_TABLE}/{name}", data=column)  # item assignment would date it
         opened[DOCUMENT_TABLE].attrs["splits"] = list(SPLITS)
         for hook in store.hooks:
             statistics = store.statistics(hook)
             for name, dtype in STATISTICS_ARRAYS.items():
-                _create(opened, f"{STATISTICS}/{hook}/{name}", data=np.asarray(getattr(statistics, name), dtype=dtype))
-
-
-def _create(opened: h5py.File, path: str, **what: Any) -> h5py.Dataset:
-    """A dataset, and first the groups above it: those that HDF5 makes by itself hold the time of day."""
-    parts = path.split("/")
-    for depth in range(1, len(parts)):
-        opened.require_group("/".join(parts[:depth]))
-    return opened.create_dataset(path, **what)
+                value = np.asarray(getattr(statistics, name), dtype=dtype)
+                opened.create_dataset(f"{STATISTICS}/{hook}/{name}", data=value)
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:
@@ -152,17 +147,6 @@ def _blocks(manifest: Manifest, first_row: int = 0) -> Iterator[tuple[int, int]]
     rows = max(1, BLOCK_BYTES // sum(array.row_bytes for array in manifest.arrays))
     for start in range(first_row, manifest.rows, rows):
         yield start, min(manifest.rows, start + rows)
-
-
-def _document_columns(documents: list[DocumentRows]) -> dict[str, np.ndarray]:
-    ids = [document.id.encode() for document in documents]
-    return {
-        "ids": np.frombuffer(b"".join(ids), dtype=np.uint8),
-        "id_ends": np.cumsum([len(id_) for id_ in ids], dtype=np.int64),
-        "splits": np.array([SPLITS.index(document.split) for document in documents], dtype=np.uint8),
-        "first_rows": np.array([document.first_row for document in documents], dtype=np.int64),
-        "rows": np.array([document.rows for document in documents], dtype=np.int64),
-    }
 
 
 def _refuse_existing(file: Path) -> None:
@@ -332,9 +316,9 @@ def _get(opened: h5py.File, path: str) -> h5py.Dataset:
 
 def _plan(opened: h5py.File, manifest: Manifest) -> StorePlan:
     """The plan behind the manifest, from the document table."""
-    columns = {name: _get(opened, f"{DOCUMENT_TABLE}/{name}") for name in _document_columns([])}
-    ids, ends, splits, first_rows, rows = (read_block(column, 0, len(column)) for column in columns.values())
+    columns = {name: _get(opened, f"{DOCUMENT_TABLE}/{name}") for name in DOCUMENT_COLUMNS}
     try:
+        ids, ends, splits, first_rows, rows = (read_block(column, 0, len(column)) for column in columns.values())
         starts = [0, *ends[:-1].tolist()]
         documents = [
             DocumentRows(ids[start:end].tobytes().decode(), SPLITS[split], first_row, n)

@@ -321,8 +321,8 @@ class StorePlan:
             raise ValueError(f"the documents of the plan have {row} rows, the plan says {self.rows}")
 
 
-def document_table_files(documents: Sequence[DocumentRows]) -> dict[str, bytes]:
-    """The files of the document table: {key: content}.
+def document_columns(documents: Sequence[DocumentRows]) -> dict[str, np.ndarray]:
+    """The arrays of the document table by name.
 
     Ids are kept as one run of UTF-8 bytes and the end of each, because Zarr's string type is not yet a settled one.
     """
@@ -334,9 +334,14 @@ def document_table_files(documents: Sequence[DocumentRows]) -> dict[str, bytes]:
         "first_rows": np.array([document.first_row for document in documents]),
         "rows": np.array([document.rows for document in documents]),
     }
+    return {name: columns[name].astype(STORED_TYPES[dtype].carrier) for name, dtype in DOCUMENT_COLUMNS.items()}
+
+
+def document_table_files(documents: Sequence[DocumentRows]) -> dict[str, bytes]:
+    """The files of the document table: {key: content}."""
     files = {f"{DOCUMENT_TABLE}/{METADATA_FILE}": group_metadata({"splits": list(SPLITS)})}
-    for name, dtype in DOCUMENT_COLUMNS.items():
-        files |= whole_array_files(f"{DOCUMENT_TABLE}/{name}", columns[name], dtype)
+    for name, column in document_columns(documents).items():
+        files |= whole_array_files(f"{DOCUMENT_TABLE}/{name}", column, DOCUMENT_COLUMNS[name])
     return files
 
 

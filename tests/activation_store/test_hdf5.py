@@ -301,6 +301,15 @@ def test_a_changed_document_table_is_found(file, fast_folder, column):
     assert "its document table" in refusal(file, fast_folder)
 
 
+@pytest.mark.parametrize("column", ["ids", "splits", "rows", "first_rows", "id_ends"])
+@pytest.mark.parametrize("other", [3, np.zeros((2, 2)), np.zeros(17), "text"])
+def test_a_document_table_of_another_kind_is_refused(file, fast_folder, column, other):
+    with h5py.File(file, "r+") as opened:
+        del opened[f"document_table/{column}"]
+        opened[f"document_table/{column}"] = other
+    assert "its document table" in refusal(file, fast_folder)
+
+
 def test_what_is_missing_is_named(file, fast_folder):
     with h5py.File(file, "r+") as opened:
         del opened["positions"]
