@@ -205,6 +205,7 @@ class Loader(BatchSource):
                 )
             if fresh.rows != self.store.rows:
                 self.store, quiet_since = fresh, time.monotonic()
+                self._announced = []  # chunks decoded for the store as it was are not there for this one
                 self._reserve()
                 continue
             if time.monotonic() - quiet_since >= self.patience and not _has_a_local_writer(self.store):

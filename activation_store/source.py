@@ -307,6 +307,12 @@ class BatchSource(ABC):
         return Delivery(self.device, self.dtype, kept=self.prefetch + 2)
 
 
+if TYPE_CHECKING:  # every loader is one, or mypy says why not
+
+    def _as_seen_by_a_trainer(loader: BatchSource) -> ActivationSource:
+        return loader
+
+
 def estimate_statistics(rows: np.ndarray, excluded: Mapping[str, int]) -> HookStatistics:
     """Statistics of these rows (n, ...), of a type as stored, in the place of those of all rows."""
     from activation_store.store import HookStatistics

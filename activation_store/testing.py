@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from activation_store.disk import KILL_VARIABLE, Disk
 
 if TYPE_CHECKING:
-    from activation_store.loader import Loader
+    from activation_store.source import ActivationSource
 
 
 class Killed(BaseException):
@@ -157,7 +157,7 @@ def assert_survives_kills(
     return killed
 
 
-def assert_resumes_everywhere(make_loader: Callable[[], Loader], batches: int | None = None) -> None:
+def assert_resumes_everywhere(make_loader: Callable[[], ActivationSource], batches: int | None = None) -> None:
     """Whatever a loader delivers after a resume is what it would have delivered, at every position.
 
     Walks a loader once and keeps the state after each batch; restores each state into a fresh loader and compares all

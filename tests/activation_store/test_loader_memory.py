@@ -12,7 +12,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+import activation_store.store as store_module
 from activation_store.loader import Loader
+from activation_store.local_folder import LocalFolder
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk
@@ -26,10 +28,13 @@ ROW_BYTES = 4 * WIDTH
 @pytest.fixture(scope="module")
 def large_store(tmp_path_factory):
     """16 MiB of rows; row i begins with i."""
-    path = tmp_path_factory.mktemp("large") / "store"
+    return make(tmp_path_factory.mktemp("large") / "store")
+
+
+def make(path, **asked):
     documents = [DocumentRows(str(i), "train", i * 512, 512) for i in range(ROWS // 512)]
     hook = HookSpec("x", (WIDTH,), "float32")
-    with StoreWriter(path, StorePlan(ROWS, documents), [hook], Geometry(), {}, disk=UnsyncedDisk()) as writer:
+    with StoreWriter(path, StorePlan(ROWS, documents), [hook], Geometry(), {}, disk=UnsyncedDisk(), **asked) as writer:
         for start in range(0, ROWS, 4096):
             rows = np.arange(start, start + 4096)
             writer.append({"x": np.repeat(rows[:, None], WIDTH, axis=1).astype(np.float32)}, rows, rows, rows // 512)
@@ -69,3 +74,26 @@ def test_the_process_does_not_grow_by_the_store(large_store):
     for _ in range(2 * ROWS // BATCH):
         next(batches)
     assert resident_private_bytes() - before < BUFFER_ROWS * ROW_BYTES
+
+
+def test_of_chunks_that_are_decoded_two_windows_are_kept(tmp_path, large_store, monkeypatch):
+    """Enough that each chunk is decoded once in an epoch, and no more."""
+    monkeypatch.setattr(store_module, "KEPT_ROWS", 256)
+    path = make(tmp_path / "compressed", compression="zstd")
+    asked = dict(batch_size=BATCH, epochs=1, buffer_rows=BUFFER_ROWS, seed=2)
+    decoded = []
+    read_ranges = LocalFolder.read_ranges
+    monkeypatch.setattr(
+        LocalFolder,
+        "read_ranges",
+        lambda self, key, starts, stops: decoded.extend(starts) or read_ranges(self, key, starts, stops),
+    )
+    tracemalloc.start()
+    plain = Loader(open_store(large_store), ["x"], **asked)
+    for batch, other in zip(Loader(open_store(path), ["x"], **asked), plain, strict=True):
+        assert torch.equal(batch["x"], other["x"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(decoded) == ROWS // 256
+    two_windows = 2 * BUFFER_ROWS * ROW_BYTES
+    assert two_windows < peak < 1.5 * two_windows < ROWS * ROW_BYTES / 2
