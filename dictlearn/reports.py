@@ -25,6 +25,8 @@ def plan(planned: Any) -> None:
         value = getattr(planned, field.name)
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part if isinstance(part, int) else list(part)}" for key, part in value.items())
+        elif value is None:
+            value = "not known"
         elif field.name.startswith("bytes") or field.name.endswith("memory"):
             value = bytes_in_words(value)
         elif isinstance(value, bool):

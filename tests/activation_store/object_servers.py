@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from activation_store.testing import files_of
 from tests.activation_store.cut_proxy import reserve_port
 from tests.activation_store.s3_process import ACCESS_KEY, BUCKET, REGION, SECRET_KEY
 
@@ -90,13 +92,20 @@ class ObjectServer:
             "AWS_REGION": REGION,
         }
 
+    def use(self, monkeypatch: pytest.MonkeyPatch, port: int | None = None) -> None:
+        """Let this process, and those it starts, find the server there."""
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in self.environment(port).items():
+            monkeypatch.setenv(name, value)
+
 
 def new_url(name: str = "store") -> str:
     """A place in the bucket that nobody else uses."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}/{name}"
 
 
-def client(url: str, environment: dict[str, str]) -> Any:
+def client(url: str, environment: Mapping[str, str] = os.environ) -> Any:
     """A bare obstore client of what is below ``url``, which repeats nothing: what a test looks with."""
     from obstore.store import S3Store
 
@@ -113,11 +122,18 @@ def client(url: str, environment: dict[str, str]) -> Any:
     )
 
 
-def objects_of(url: str, environment: dict[str, str]) -> dict[str, bytes]:
+def objects_of(url: str, environment: Mapping[str, str] = os.environ) -> dict[str, bytes]:
     """Every object below a URL, by its key relative to it: what `activation_store.testing.files_of` is for a folder."""
     store = client(url, environment)
     keys = sorted(entry["path"] for page in store.list() for entry in page)
     return {key: bytes(store.get(key).bytes()) for key in keys}
+
+
+def assert_same_objects(url: str, folder: Path) -> None:
+    """The objects below a URL are the files of a folder; the error names those that differ."""
+    found, wanted = objects_of(url), files_of(folder)
+    differing = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    assert not differing, f"{url} differs from {folder} in {', '.join(differing)}"
 
 
 def _environment_of_server() -> dict[str, str]:
