@@ -121,6 +121,9 @@ def train(args: list[str]) -> None:
     if call.dry_run:
         say(call, check(call.config, workspace)[2], reports.plan)
         return
+    plan = check(call.config, workspace)[2]
+    if not plan.well_mixed:
+        terminal.print_line(plan.mixing)
     files = run_train(call.config, workspace, terminal.TerminalProgress())
     last = files.last_metrics()
     say_last = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in last)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from activation_store.errors import UserError
+from activation_store.filters import RowFilter
+from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
+from activation_store.seeds import derive_seed
 from dictlearn.workspace import RunFiles, Workspace
 
 if TYPE_CHECKING:
@@ -54,6 +58,12 @@ class TrainConfig(Generic[DictionaryConfig]):
     """Steps to take; one pass over the training rows when not given."""
     buffer_rows: int = 262_144
     """Rows in the mixing buffer that batches are drawn from."""
+    row_filter: RowFilter = field(default_factory=RowFilter)
+    """Rows to train on, of the store's training documents."""
+    follow: bool = False
+    """Train on a store that is still being harvested, waiting for its rows; statistics come from the first of them."""
+    verify_reads: bool = False
+    """Compare every file of the store with its checksum before anything of it is used."""
     seed: int = 0
     """Decides the initial weights and the order of rows."""
     log_every: int = 10
@@ -73,17 +83,20 @@ class TrainPlan:
     passes: float
     parameters: int
     bytes_in_memory: int
+    mixing: str
+    """How well the buffer mixes documents, and how large it would have to be if it does not."""
+    well_mixed: bool
 
 
-def check(config: TrainConfig[Any], workspace: Workspace) -> tuple[Store, Store, TrainPlan]:
-    """Everything that can be refused before torch is imported.
+def check(config: TrainConfig[Any], workspace: Workspace) -> tuple[Loader, Store, TrainPlan]:
+    """The training rows, the store whose statistics are used, and the plan: all that needs no torch.
 
     Raises:
         UserError: an unknown store or hook, widths that cannot be, a name in use by a different run.
     """
     from activation_store.store import open_store
 
-    store = open_store(workspace.existing_store(config.store))
+    store = open_store(workspace.existing_store(config.store), verify_reads=config.verify_reads)
     d_in = _width(store, config.hook)
     d_out = d_in if config.target_hook is None else _width(store, config.target_hook)
     if config.target_hook == config.hook:
@@ -98,19 +111,32 @@ def check(config: TrainConfig[Any], workspace: Workspace) -> tuple[Store, Store,
     for name in ("batch_size", "buffer_rows", "log_every", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    rows = sum(stop - start for start, stop in store.split_rows("train"))
-    if rows < config.batch_size:
-        raise UserError(
-            f"The store {config.store!r} has {rows:,} training rows, fewer than one batch of {config.batch_size:,}; "
-            "lower batch_size or harvest more tokens."
-        )
+    loader = open_loader(config, store)
+    rows, mixing = loader.rows, loader.mixing()
     steps = rows // config.batch_size if config.steps is None else config.steps
     if steps < 1:
         raise UserError(f"steps is {steps}; it must be at least 1.")
     parameters = config.dictionary.d_sae * (d_in + d_out + 1) + d_out
     hooks = d_in + (d_out if config.target_hook else 0)
     memory = 4 * (4 * parameters + config.buffer_rows * hooks + 2 * config.batch_size * config.dictionary.d_sae)
-    return store, control, TrainPlan(rows, steps, steps * config.batch_size / rows, parameters, memory)
+    passes = steps * config.batch_size / rows
+    return loader, control, TrainPlan(rows, steps, passes, parameters, memory, str(mixing), mixing.well_mixed)
+
+
+def open_loader(config: TrainConfig[Any], store: Store) -> Loader:
+    """The training rows of a store, in the run's own order."""
+    hooks = [config.hook] if config.target_hook is None else [config.hook, config.target_hook]
+    return Loader(
+        store,
+        hooks,
+        config.batch_size,
+        split="train",
+        seed=derive_seed(config.seed, "order of rows"),
+        buffer_rows=config.buffer_rows,
+        row_filter=config.row_filter,
+        follow=config.follow,
+        device=config.device,
+    )
 
 
 def _width(store: Store, hook: str) -> int:
@@ -128,18 +154,17 @@ def _model(store: Store) -> str:
 
 def run_train(config: TrainConfig[Any], workspace: Workspace, progress: Progress | None = None) -> RunFiles:
     """Train, or continue, or return at once when the run is finished already."""
-    store, control, plan = check(config, workspace)
-    from dictlearn.training.loop import open_loader, train
+    loader, control, plan = check(config, workspace)
+    from dictlearn.training.loop import train
 
-    loader = open_loader(config, store)
-    return train(config, plan.steps, loader, control, workspace.run(config.name), progress or NoProgress())
+    # The statistics of a store come with its last row: of one that is followed the loader has an estimate.
+    has_statistics = loader if config.follow and config.control_store is None else control
+    return train(config, plan.steps, loader, has_statistics, workspace.run(config.name), progress or NoProgress())
 
 
 def config_to_dict(config: TrainConfig[Any]) -> dict[str, Any]:
     """Plain values for YAML, the dictionary's kind included."""
-    from dataclasses import asdict
-
-    record = asdict(config)
+    record = json.loads(json.dumps(asdict(config)))  # with lists for tuples, as YAML gives them back
     record["dictionary"] = {"kind": config.dictionary.kind, **record["dictionary"]}
     return record
 

@@ -19,7 +19,6 @@ import yaml
 from torch import Tensor
 
 from activation_store.errors import UserError
-from activation_store.loader import Loader
 from activation_store.progress import Progress
 from activation_store.seeds import derive_seed
 from activation_store.source import ActivationSource
@@ -155,20 +154,6 @@ def claim(config: TrainConfig[Any], files: RunFiles) -> None:
     temporary = files.config.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(record, sort_keys=False))
     os.replace(temporary, files.config)
-
-
-def open_loader(config: TrainConfig[Any], store: Store) -> Loader:
-    """The training rows of a store, in the run's own order."""
-    hooks = [config.hook] if config.target_hook is None else [config.hook, config.target_hook]
-    return Loader(
-        store,
-        hooks,
-        config.batch_size,
-        split="train",
-        seed=derive_seed(config.seed, "order of rows"),
-        buffer_rows=config.buffer_rows,
-        device=config.device,
-    )
 
 
 def build(config: TrainConfig[Any], loader: ActivationSource, control: Store | ActivationSource) -> TrainState:

@@ -5,11 +5,13 @@ The store is small and synthetic: sparse combinations of known directions, so th
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,9 @@ import yaml
 
 import dictlearn
 from activation_store.errors import UserError
+from activation_store.filters import RowFilter
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
+from activation_store.store import open_store
 from activation_store.writer import StoreWriter
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.training.command import OptimiserConfig, TrainConfig, check, config_from_yaml, config_to_dict, run_train
@@ -30,7 +34,7 @@ from dictlearn.workspace import Workspace
 IN, OUT = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"
 
 
-def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model") -> None:
+def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model", pause: float = 0) -> None:
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(40, 16))
     x = ((rng.random((rows, 40)) < 0.1) * rng.exponential(size=(rows, 40))) @ directions + 3
@@ -42,9 +46,10 @@ def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model") 
     hooks = [HookSpec(IN, (16,), "float32"), HookSpec(OUT, (12,), "float32")]
     provenance = {"model": {"name": "planted", "fingerprint": fingerprint}, "corpus": {"name": "none"}}
     with StoreWriter(path, plan, hooks, Geometry(64, 512), provenance) as writer:
-        document_of_row = np.arange(rows) // 100
-        values = {IN: x.astype(np.float32), OUT: y.astype(np.float32)}
-        writer.append(values, np.arange(rows) % 50, np.arange(rows) % 100, document_of_row)
+        for part in np.array_split(np.arange(rows), 10):
+            values = {IN: x[part].astype(np.float32), OUT: y[part].astype(np.float32)}
+            writer.append(values, part % 50, part % 100, part // 100)
+            time.sleep(pause)
         writer.finish()
 
 
@@ -94,6 +99,53 @@ def test_a_run_learns_and_leaves_config_metrics_and_dictionary(workspace, config
     assert dictionary.provenance["hook_out"] == (config.target_hook or IN)
     assert dictionary.provenance["model"]["fingerprint"] == "sha256:model"
     assert not files.checkpoint.exists()
+
+
+def test_a_run_may_follow_a_store_that_is_still_being_written(workspace, monkeypatch):
+    """Whenever the rows come, the run is the same: the order is fixed by what the store will hold."""
+    monkeypatch.setattr("activation_store.loader.POLL_SECONDS", 0.02)
+    after = replace(TRANSCODER, name="after", follow=True)
+    run_train(after, workspace)
+    growing = workspace.store("growing")
+    seen: list[int] = []
+    thread = threading.Thread(target=make_store, args=[growing], kwargs={"pause": 0.2})
+    thread.start()
+    while not (growing / "zarr.json").exists():
+        time.sleep(0.01)
+    loop = importlib.import_module("dictlearn.training.loop")
+    set_rate = loop.set_learning_rate
+    monkeypatch.setattr(loop, "set_learning_rate", lambda *a: (seen.append(open_store(growing).rows), set_rate(*a))[1])
+    run_train(replace(after, name="during", store="growing"), workspace)
+    thread.join()
+    assert min(seen) < 3000, "the harvest had ended before the run began"
+    assert metrics(workspace, "during") == metrics(workspace, "after")
+    found, expected = weights(workspace, "during"), weights(workspace, "after")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_rows_far_from_the_others_can_be_left_out(workspace):
+    _, _, plan = check(replace(SAE, row_filter=RowFilter(max_norm_ratio=1.0)), workspace)
+    store = open_store(workspace.store("s"))
+    median = store.statistics(IN).median_norm
+    training = np.concatenate([np.arange(*rows) for rows in store.split_rows("train")])
+    assert plan.rows == int((store.take_norms(IN, training) <= median).sum())
+    assert 0 < plan.rows < len(training)
+    with pytest.raises(UserError, match="passes the filter .left out of 2,700 rows: norms 2,700"):
+        check(replace(SAE, row_filter=RowFilter(max_norm_ratio=1e-6)), workspace)
+
+
+def test_a_run_that_verifies_its_reads_refuses_a_damaged_store(workspace):
+    shard = next(path for path in workspace.store("s").rglob("c.1.0") if IN in str(path))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"c\.1\.0 is damaged"):
+        run_train(replace(SAE, verify_reads=True), workspace)
+
+
+def test_a_buffer_too_small_to_mix_is_called_out_with_the_size_that_would_do(workspace):
+    plan = check(replace(SAE, buffer_rows=128), workspace)[2]
+    assert not plan.well_mixed and "use buffer_rows=" in plan.mixing
 
 
 @pytest.mark.parametrize("config", [SAE, TRANSCODER, CODEBOOK], ids=lambda c: c.name)
@@ -214,7 +266,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(workspace):
         ({"hook": "blocks.1.mlp.hook_in"}, "has no hook 'blocks.1.mlp.hook_in'; it holds blocks.0.mlp.hook_in"),
         ({"target_hook": IN}, "the same as hook"),
         ({"dictionary": TopKConfig(d_sae=8, k=9)}, "k is 9, more than the 8 latents"),
-        ({"batch_size": 10_000}, "2,700 training rows, fewer than one batch of 10,000"),
+        ({"batch_size": 10_000}, "2,700 rows in split 'train': not enough for one batch of 10,000"),
         ({"steps": 0}, "steps is 0"),
         ({"log_every": 0}, "log_every is 0"),
         ({"name": "a b"}, "'a b' is no name"),
