@@ -91,7 +91,7 @@ class LocalFolder(Place):
 
     def replace(self, contents: Mapping[str, bytes], subject: str, durable: bool = True) -> None:
         files = {self._folder / key: content for key, content in contents.items()}
-        self._make_folders([*files, self._staging / "any"])
+        self._make_folders([self._staging / "any", *files])  # it first: it says that what lies there is a store's
         self._disk.replace(files, self._staging, subject, durable)
 
     def commit(self, key: str, content: bytes, expected: bytes | None) -> None:

@@ -579,6 +579,17 @@ def _hook(value: Any, path: str) -> HookSpec:
     return HookSpec(text(hook["name"], f"{path}.name"), shape, text(hook["dtype"], f"{path}.dtype"))
 
 
+def foreign_names(names: set[str]) -> set[str]:
+    """Of what lies in a place that has no manifest: what no store has put there, so that none may be made there.
+
+    A store begins with its document table and metadata, and has a manifest only then; its writer's files tell that
+    what was left by a kill in between is ours.
+    """
+    of_writer = {OWNER_FILE, STAGING_FOLDER}
+    begun = {ACTIVATIONS, NORMS, TOKEN_IDS, POSITIONS, DOCUMENTS, DOCUMENT_TABLE} if names & of_writer else set()
+    return names - of_writer - begun
+
+
 def arrays_of(hooks: Sequence[HookSpec]) -> tuple[ArraySpec, ...]:
     return (*(hook.array for hook in hooks), *(hook.norms for hook in hooks), *ROW_ARRAYS)
 

@@ -36,7 +36,6 @@ from activation_store.norms import summarise_norms
 from activation_store.place import Owner, Place, open_place
 from activation_store.spec import (
     METADATA_FILE,
-    OWNER_FILE,
     STAGING_FOLDER,
     Geometry,
     HookSpec,
@@ -45,6 +44,7 @@ from activation_store.spec import (
     checksum,
     differences,
     document_table_files,
+    foreign_names,
     statistics_files,
 )
 from activation_store.store import Store
@@ -246,20 +246,21 @@ class StoreWriter:
 
     def _refuse_foreign_folder(self) -> None:
         contents = self.place.names()
-        if contents - {OWNER_FILE, STAGING_FOLDER} and METADATA_FILE not in contents:
+        foreign = foreign_names(contents)
+        if foreign and METADATA_FILE not in contents:
             raise UserError(
-                f"{self.place.location} is not empty and is not an activation store (it holds {min(contents)}); "
+                f"{self.place.location} is not empty and is not an activation store (it holds {min(foreign)}); "
                 "name another folder for the store."
             )
 
     def _prepare(self, new: bool) -> None:
         """Bring all files that follow from the plan to what the manifest says; a kill may have come before them."""
-        if new:
-            self._replace_manifest(self._manifest)
         wanted = document_table_files(self.plan.documents) | self._manifest.fixed_files()
         self.place.replace(
             {key: content for key, content in wanted.items() if self._content(key) != content}, "metadata"
         )
+        if new:
+            self._replace_manifest(self._manifest)
 
     def _content(self, key: str) -> bytes | None:
         try:

@@ -29,14 +29,13 @@ from activation_store.place import Place, open_place
 from activation_store.progress import Progress
 from activation_store.spec import (
     METADATA_FILE,
-    OWNER_FILE,
-    STAGING_FOLDER,
     DocumentRows,
     Geometry,
     HookSpec,
     Manifest,
     StorePlan,
     differences,
+    foreign_names,
 )
 
 if TYPE_CHECKING:
@@ -304,7 +303,7 @@ def existing_manifest(place: Place) -> Manifest | None:
             return Manifest.from_bytes(place.read(METADATA_FILE), place.where(METADATA_FILE))
     except OSError as problem:
         raise UserError(f"{place.location} cannot be read: {problem.strerror or problem}.") from problem
-    foreign = contents - {OWNER_FILE, STAGING_FOLDER}
+    foreign = foreign_names(contents)
     if foreign:
         raise UserError(
             f"{place.location} is not empty and is no activation store (it holds {min(foreign)}); "

@@ -34,7 +34,7 @@ from dictlearn.workspace import Workspace
 IN, OUT = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"
 
 
-def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model", pause: float = 0) -> None:
+def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model", between=lambda part: None) -> None:
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(40, 16))
     x = ((rng.random((rows, 40)) < 0.1) * rng.exponential(size=(rows, 40))) @ directions + 3
@@ -46,10 +46,10 @@ def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model", 
     hooks = [HookSpec(IN, (16,), "float32"), HookSpec(OUT, (12,), "float32")]
     provenance = {"model": {"name": "planted", "fingerprint": fingerprint}, "corpus": {"name": "none"}}
     with StoreWriter(path, plan, hooks, Geometry(64, 512), provenance) as writer:
-        for part in np.array_split(np.arange(rows), 10):
+        for number, part in enumerate(np.array_split(np.arange(rows), 10)):
+            between(number)
             values = {IN: x[part].astype(np.float32), OUT: y[part].astype(np.float32)}
             writer.append(values, part % 50, part % 100, part // 100)
-            time.sleep(pause)
         writer.finish()
 
 
@@ -104,20 +104,30 @@ def test_a_run_learns_and_leaves_config_metrics_and_dictionary(workspace, config
 def test_a_run_may_follow_a_store_that_is_still_being_written(workspace, monkeypatch):
     """Whenever the rows come, the run is the same: the order is fixed by what the store will hold."""
     monkeypatch.setattr("activation_store.loader.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("activation_store.loader.CALIBRATION_ROWS", 500)
+    monkeypatch.setattr("dictlearn.training.loop.INITIAL_ROWS", 500)
     after = replace(TRANSCODER, name="after", follow=True)
     run_train(after, workspace)
     growing = workspace.store("growing")
     seen: list[int] = []
-    thread = threading.Thread(target=make_store, args=[growing], kwargs={"pause": 0.2})
+    begun = threading.Event()
+    wait_in_the_middle = lambda part: part == 6 and begun.wait(60)  # noqa: E731
+    thread = threading.Thread(target=make_store, args=[growing], kwargs={"between": wait_in_the_middle})
     thread.start()
     while not (growing / "zarr.json").exists():
         time.sleep(0.01)
     loop = importlib.import_module("dictlearn.training.loop")
     set_rate = loop.set_learning_rate
-    monkeypatch.setattr(loop, "set_learning_rate", lambda *a: (seen.append(open_store(growing).rows), set_rate(*a))[1])
+
+    def step(*arguments):
+        seen.append(open_store(growing).rows)
+        begun.set()
+        return set_rate(*arguments)
+
+    monkeypatch.setattr(loop, "set_learning_rate", step)
     run_train(replace(after, name="during", store="growing"), workspace)
     thread.join()
-    assert min(seen) < 3000, "the harvest had ended before the run began"
+    assert seen[0] < 3000 and seen[-1] == 3000
     assert metrics(workspace, "during") == metrics(workspace, "after")
     found, expected = weights(workspace, "during"), weights(workspace, "after")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
