@@ -69,12 +69,14 @@ class Commit:
         self.rows = 0
         self._place = place
         self._manifest = manifest
-        self._shards = {
-            array.path: ShardWriter(
-                place.create(f"shard-{shard}-{i}", "shard"), array, manifest.geometry, manifest.compression
-            )
-            for i, array in enumerate(manifest.arrays)
-        }
+        self._shards: dict[str, ShardWriter] = {}
+        try:
+            for i, array in enumerate(manifest.arrays):
+                file = place.create(f"shard-{shard}-{i}", "shard")
+                self._shards[array.path] = ShardWriter(file, array, manifest.geometry, manifest.compression)
+        except BaseException:  # such as too many open files
+            self.discard()
+            raise
         self._moments = {hook.name: moments_of_shard(manifest, hook, shard) for hook in manifest.hooks}
 
     @property

@@ -39,9 +39,14 @@ class Ownership:
                     f"{store} is being written by process {owner}; wait for it to end, or stop it and run this again."
                 ) from None
             if _is_the_file_at(path, file):
-                os.ftruncate(file, 0)
-                os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-                return cls(path, file)
+                taken = cls(path, file)
+                try:
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+                except OSError:  # a full disk: let go, or this very process would refuse itself the next time
+                    taken.release()
+                    raise
+                return taken
             os.close(file)  # the owner before us removed the file after we had opened it
 
     def check(self) -> None:
