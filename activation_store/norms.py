@@ -15,7 +15,8 @@ READ_AT_ONCE = 1 << 20
 def summarise_norms(store: Store, hook: str) -> tuple[float, int]:
     """(median norm, rows above `NORM_OUTLIER_RATIO` times it) over the committed rows of ``hook``."""
     median = _lower_median(store, hook)
-    above = sum(int((norms > NORM_OUTLIER_RATIO * median).sum()) for norms in _blocks(store, hook))
+    limit = np.float64(NORM_OUTLIER_RATIO * median)  # a Python float would be rounded to float32 first
+    above = sum(int((norms > limit).sum()) for norms in _blocks(store, hook))
     return median, above
 
 

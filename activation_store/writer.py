@@ -292,7 +292,7 @@ class StoreWriter:
 
     def _complete(self) -> None:
         files: dict[str, bytes] = {}
-        store = Store(self.place, self._manifest)
+        store = Store(self.place, self._manifest, verify_reads=True)
         for hook in self._manifest.hooks:
             sums = self._sums[hook.name]
             median_norm, norm_outliers = summarise_norms(store, hook.name)
@@ -349,8 +349,9 @@ class StoreWriter:
             if vector is not None:
                 self._staged_shards, self._sums = shards, self._split(vector)
                 break
-        store = Store(self.place, manifest)
-        for shard in range(self._staged_shards, manifest.committed_shards):
+        left = range(self._staged_shards, manifest.committed_shards)
+        store = Store(self.place, manifest, verify_reads=bool(left))  # damaged rows must not end in the statistics
+        for shard in left:
             for hook in manifest.hooks:
                 self._sums[hook.name].merge(self._sums_of_committed(store, hook, shard))
 
@@ -456,6 +457,20 @@ class StoreWriter:
         return self._manifest.rows if hasattr(self, "_manifest") else 0
 
 
+def sweep_complete(place: Place) -> None:
+    """Remove what a writer killed in its very last step has left beside a complete store.
+
+    Left alone where somebody is at it, or where we may not write: nothing of it is part of the store.
+    """
+    if place.names() & {OWNER_FILE, STAGING_FOLDER}:
+        with contextlib.suppress(UserError, OSError):
+            owner = place.own()
+            try:
+                place.remove([STAGING_FOLDER], "staging")
+            finally:
+                owner.release()
+
+
 def _staged_key(shards: int) -> str:
     return f"{STAGING_FOLDER}/{STAGED_SUMS}{shards}"
 
@@ -463,4 +478,4 @@ def _staged_key(shards: int) -> str:
 def _staged_shards(names: set[str]) -> set[int]:
     """The numbers in the names of staged sums: over how many shards they are."""
     numbers = (name.removeprefix(STAGED_SUMS) for name in names if name.startswith(STAGED_SUMS))
-    return {int(number) for number in numbers if number.isdigit()}
+    return {int(number) for number in numbers if number.isdecimal()}

@@ -34,11 +34,11 @@ def compute(request: Request, plan: BatchPlan, group: Group, progress: Progress,
     config = request.config
     rows_committed = request.existing.rows if request.existing else 0
     if rows_committed == plan.rows and group.size == 1:  # killed between the last commit and the statistics
-        _open_writer(request, plan).finish()
+        with _one_blas_thread():
+            _open_writer(request, plan).finish()
         return
 
     import torch
-    from threadpoolctl import ThreadpoolController
 
     threads_before = torch.get_num_threads()
     if config.threads is not None:
@@ -48,10 +48,7 @@ def compute(request: Request, plan: BatchPlan, group: Group, progress: Progress,
             capture, way, words = capture_of(request, plan)
             task.advance(1, through=words)
         request = replace(request, capture=way)
-        # The writer's sums are small matrix products in numpy, whose BLAS has threads of its own beside torch's: they
-        # wait for each other by spinning, and one product then takes ten times as long as on a single thread.
-        one_blas_thread = ThreadpoolController().select(internal_api="openblas").limit(limits=1)
-        with one_blas_thread, capture:
+        with _one_blas_thread(), capture:
             if group.size > 1:
                 _write_together(request, plan, capture, group, progress)
                 return
@@ -61,6 +58,17 @@ def compute(request: Request, plan: BatchPlan, group: Group, progress: Progress,
                 _write(request, plan, computed, task, stop_after)
     finally:
         torch.set_num_threads(threads_before)
+
+
+def _one_blas_thread() -> Any:
+    """For the writer's sums, which are small matrix products in numpy.
+
+    Its BLAS has threads of its own beside torch's: they wait for each other by spinning, and one product then takes ten
+    times as long as on a single thread. And the last bits of a sum depend on how many threads have shared it.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(internal_api="openblas").limit(limits=1)
 
 
 def capture_of(request: Request, plan: BatchPlan) -> tuple[Capture, str, str]:

@@ -30,6 +30,7 @@ from activation_store.harvest.ranks import Group
 from activation_store.harvest.request import HarvestConfig, Request, existing_manifest
 from activation_store.place import open_place
 from activation_store.progress import NoProgress, Progress
+from activation_store.writer import sweep_complete
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,22 @@ def harvest(config: HarvestConfig, progress: Progress | None = None, stop_after:
     """
     request = Request.of(config)
     if request.is_complete():
+        sweep_complete(request.place)
         return request.place.location
     group = Group.of_environment()
     progress = progress if progress is not None and group.rank == 0 else NoProgress()
+    plan = None
     try:
-        plan = request.plan(progress)
-        request.refuse_another_store(request.manifest(plan))
-        refuse_full_disk(request.place, plan.rows, request.hooks, request.geometry, request.existing)
         with _sigterm_interrupts():
+            plan = request.plan(progress)
+            request.refuse_another_store(request.manifest(plan))
+            refuse_full_disk(request.place, plan.rows, request.hooks, request.geometry, request.existing)
             compute(request, plan, group, progress, stop_after)
     except KeyboardInterrupt:
         committed = existing_manifest(open_place(config.store))
+        rows = f"{committed.rows if committed else 0:,}" + (f" of {plan.rows:,}" if plan else "")
         raise HarvestInterrupted(
-            f"Stopped with {committed.rows if committed else 0:,} of {plan.rows:,} rows safe in {config.store}; "
-            "the same command continues from there."
+            f"Stopped with {rows} rows safe in {config.store}; the same command continues from there."
         ) from None
     finally:
         group.close()

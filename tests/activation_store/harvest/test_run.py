@@ -355,6 +355,26 @@ def test_ctrl_c_says_what_is_safe_and_how_to_go_on(config, monkeypatch):
     assert open_store(config.store).complete
 
 
+def test_ctrl_c_while_the_corpus_is_tokenized_says_so_too(config, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(request, "plan_batches", interrupted)
+    with pytest.raises(HarvestInterrupted) as caught:
+        harvest(config)
+    assert str(caught.value) == f"Stopped with 0 rows safe in {config.store}; the same command continues from there."
+
+
+def test_what_a_kill_in_the_last_step_left_is_swept_by_the_same_command(config, monkeypatch):
+    whole = bytes_of(harvest(config))
+    (config.store / ".staging").mkdir()
+    (config.store / ".staging" / "sums-8").write_bytes(b"x")
+    (config.store / ".owner").write_text("999999\n")
+    passes = count_forward_passes(monkeypatch)
+    harvest(config)
+    assert bytes_of(config.store) == whole and passes == []
+
+
 @pytest.mark.heavy
 def test_a_real_ctrl_c_ends_the_process_in_order(config, tmp_path):
     log = tmp_path / "passes"
