@@ -36,6 +36,7 @@ from activation_store.norms import summarise_norms
 from activation_store.place import Owner, Place, open_place
 from activation_store.spec import (
     METADATA_FILE,
+    OWNER_FILE,
     STAGING_FOLDER,
     Geometry,
     HookSpec,

@@ -150,3 +150,28 @@ def test_progress_counts_every_byte_that_is_checked(small_path):
     listener = Listener()
     verify(small_path, listener)
     assert listener.done == listener.total > 10_000
+
+
+# --- a writer that goes on from what is damaged -----------------------------------------------------------------------
+
+
+def test_sums_are_not_computed_again_from_a_damaged_shard(fast_folder):
+    """It would end in the statistics of a store that is otherwise whole, and nothing could ever find it."""
+    path = fast_folder / "store"
+    with open_writer(path) as writer:
+        append(writer, 0, 300)
+    (path / ".staging" / "sums-2").unlink()
+    key = HOOKS[2].array.shard_key(1)
+    flip(path / key, 2, 6)
+    with pytest.raises(UserError, match=f"{key} is damaged: it does not match its checksum in the manifest"):
+        open_writer(path)
+
+
+def test_a_store_is_not_completed_over_damaged_norms(fast_folder):
+    path = fast_folder / "store"
+    with open_writer(path) as writer:
+        append(writer, 0, ROWS)
+        flip(path / HOOKS[1].norms.shard_key(3), 3, 6)
+        with pytest.raises(UserError, match=rf"{HOOKS[1].norms.shard_key(3)} is damaged"):
+            writer.finish()
+    assert not open_store(path).complete
