@@ -302,6 +302,19 @@ def test_an_owner_cut_off_for_longer_than_its_lease_finds_itself_replaced(
     assert_same_objects(url, small_path)
 
 
+def test_a_manifest_that_somebody_else_has_replaced_is_not_overwritten(s3_server, monkeypatch):
+    """Even a writer that everybody takes for the owner."""
+    s3_server.use(monkeypatch)
+    url = new_url()
+    with open_writer(url) as writer:
+        append(writer, 0, 200)
+        theirs = client(url).get("zarr.json").bytes().to_bytes() + b" "
+        client(url).put("zarr.json", theirs)
+        with pytest.raises(UserError, match=re.escape(f"{url}/zarr.json was changed by somebody else")):
+            append(writer, 200, ROWS)
+    assert objects_of(url)["zarr.json"] == theirs
+
+
 def test_an_owner_whose_renewal_was_done_but_not_answered_goes_on(network, short_lease, small_path):
     url = new_url()
     with open_writer(url) as writer:
