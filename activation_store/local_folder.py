@@ -57,8 +57,12 @@ class LocalFolder(Place):
                 yield block
 
     def sizes(self) -> dict[str, int]:
-        files = (path for path in self._folder.rglob("*") if path.is_file())
-        return {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in files}
+        sizes = {}
+        for folder, _, names in os.walk(self._folder, onerror=_refuse_unless_gone):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[path.relative_to(self._folder).as_posix()] = path.stat().st_size
+        return sizes
 
     def names(self, folder: str = "") -> set[str]:
         if self._folder.exists() and not self._folder.is_dir():
@@ -105,6 +109,12 @@ class LocalFolder(Place):
     def _make_folders(self, files: Iterable[Path]) -> None:
         for folder in dict.fromkeys(file.parent for file in files):
             self._disk.make_folder(folder)
+
+
+def _refuse_unless_gone(problem: OSError) -> None:
+    """What a writer sweeps away while we look is no problem."""
+    if not isinstance(problem, FileNotFoundError):
+        raise problem
 
 
 class _TemporaryFile:

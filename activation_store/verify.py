@@ -45,7 +45,10 @@ def verify(location: str | os.PathLike[str], progress: Progress | None = None) -
     damages = [] if content == manifest.to_bytes() else [Damage(METADATA_FILE, "has been changed around the manifest")]
     damages += metadata_damages(place, manifest)
     expected = dict(_checksummed(manifest))
-    sizes = place.sizes()
+    try:
+        sizes = place.sizes()
+    except OSError as problem:
+        raise UserError(f"{place.location} cannot be read: {problem.strerror or problem}.") from None
     total = sum(sizes.get(key, 0) for key in expected)
     with (progress or NoProgress()).task("Verifying", total=total, unit="B") as task:
         for key, (claimed, described) in expected.items():

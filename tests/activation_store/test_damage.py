@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from activation_store.errors import UserError
+from activation_store.local_folder import LocalFolder
 from activation_store.spec import arrays_of
 from activation_store.store import open_store
 from activation_store.verify import Damage, verify
@@ -128,6 +129,15 @@ def test_an_unfinished_store_is_checked_as_far_as_it_goes(fast_folder):
 def test_verifying_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="There is no activation store at .*: nothing to verify"):
         verify(tmp_path)
+
+
+def test_a_place_that_cannot_be_listed_is_one_sentence(copied, monkeypatch):
+    def forbidden(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(LocalFolder, "sizes", forbidden)
+    with pytest.raises(UserError, match=f"{copied} cannot be read: Permission denied"):
+        verify(copied)
 
 
 def test_progress_counts_every_byte_that_is_checked(small_path):
