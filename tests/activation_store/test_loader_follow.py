@@ -20,7 +20,7 @@ from activation_store.loader import Loader
 from activation_store.ownership import Ownership, is_owned
 from activation_store.read_ahead import THREAD_NAME
 from activation_store.spec import OWNER_FILE
-from activation_store.store import open_store
+from activation_store.store import Store, open_store
 from activation_store.testing import UnsyncedDisk, assert_resumes_everywhere
 from tests.activation_store.small_store import HOOKS, ROWS, append, open_writer, plan
 
@@ -169,11 +169,14 @@ def test_a_slow_writer_is_waited_for(growing):
 
 
 def test_patience_begins_anew_with_each_commit(fast_folder, monkeypatch):
-    """A store without a lock, as a remote one: it grows four times, each time within the patience, all in all not."""
+    """A store without a lock, as a remote one, and a window for which it has to grow three times: each time within the
+    patience, all in all not."""
     monkeypatch.setattr(loader_module, "is_owned", lambda path: False)
     with open_writer(fast_folder / "store", UnsyncedDisk()) as writer:
         append(writer, 0, 130)
-        loader = Loader(open_store(fast_folder / "store"), patience=1.0, **ASKED)
+        loader = Loader(
+            open_store(fast_folder / "store"), patience=1.0, **(ASKED | dict(buffer_rows=1000, batch_size=64))
+        )
 
         def grow():
             for to in (257, 385, 430):
@@ -183,8 +186,24 @@ def test_patience_begins_anew_with_each_commit(fast_folder, monkeypatch):
 
         thread = threading.Thread(target=grow)
         thread.start()
-        assert len(list(loader)) == 2 * (ROWS // 8)
+        assert len(list(loader)) == 2 * (ROWS // 64)
         thread.join()
+
+
+def test_the_chunks_of_a_window_are_asked_for_again_when_the_store_has_grown(growing, monkeypatch):
+    """What was decoded for the store as it was is not there for the store as it is."""
+    asked = []
+    prefetch = Store.prefetch
+    monkeypatch.setattr(
+        Store, "prefetch", lambda self, hook, chunks: asked.append((self.rows, *chunks)) or prefetch(self, hook, chunks)
+    )
+    path, grow = growing
+    grow(130)
+    batches = iter(Loader(open_store(path), **(ASKED | dict(hooks=NAMES[:1], buffer_rows=128, prefetch=0))))
+    next(batches)
+    grow(ROWS)
+    list(itertools.islice(batches, 16))
+    assert asked[:3] == [(128, *range(6)), (128, 6, 7), (430, *range(6, 13))]
 
 
 def test_closing_an_iteration_ends_the_waiting(growing):

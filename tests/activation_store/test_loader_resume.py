@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 
 import pytest
 
 from activation_store.errors import UserError
 from activation_store.loader import Loader
+from activation_store.read_ahead import THREAD_NAME
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk, assert_resumes_everywhere
 from tests.activation_store.small_store import HOOKS, append, open_writer
@@ -110,9 +112,12 @@ def test_two_iterations_at_once_are_refused(small):
     loader = Loader(small, NAMES, 32)
     first, second = iter(loader), iter(loader)
     next(first)
+    second_has = len(threading.enumerate())
     next(second)
+    second_has = len(threading.enumerate()) - second_has
     with pytest.raises(RuntimeError, match="iterated anew, while this iteration was running"):
         next(first)
+    assert len([thread for thread in threading.enumerate() if thread.name == THREAD_NAME]) == second_has
 
 
 def test_moving_a_loader_under_a_running_iteration_is_refused(small):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from activation_store.loader import Loader
+from activation_store.mixing import Mixing
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk
@@ -82,6 +84,25 @@ def test_like_rows_of_different_documents_are_seen_by_their_cosine(tmp_path):
     assert small.neighbour_cosine > 0.2 > 0.02 > abs(small.neighbour_cosine_of_global_shuffle)
     assert not small.well_mixed and small.buffer_rows_enough > 512
     assert mixing(small.buffer_rows_enough).well_mixed
+
+
+@pytest.mark.parametrize(
+    "worse", [dict(entropy=3.4), dict(same_document_neighbours=0.08), dict(neighbour_cosine=0.08)], ids=str
+)
+def test_each_measure_counts(worse):
+    perfect = Mixing(
+        entropy=4.0,
+        entropy_of_global_shuffle=4.0,
+        documents=60,
+        documents_of_global_shuffle=60,
+        same_document_neighbours=0.02,
+        same_document_neighbours_of_global_shuffle=0.02,
+        neighbour_cosine=0.01,
+        neighbour_cosine_of_global_shuffle=0.01,
+        buffer_rows=100,
+        rows=1000,
+    )
+    assert perfect.well_mixed and not replace(perfect, **worse).well_mixed
 
 
 def test_a_shuffle_of_everything_is_not_told_to_use_a_larger_buffer(small):

@@ -160,6 +160,7 @@ def test_ranks_take_consecutive_windows_in_turn():
     windows = [[set(o.epoch(0).chunks_of_window(w)) for w in range(o.epoch(0).windows)] for o in orders]
     in_turn = [chunk for turn in zip(*windows, strict=True) for window in turn for chunk in sorted(window)]
     assert in_turn == list(range(15))
+    assert sum(map(len, windows)) == 6, "no more windows than the buffer needs, as many for each rank"
 
 
 @pytest.mark.parametrize(
