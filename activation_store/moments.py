@@ -82,10 +82,10 @@ class Moments:
             np.multiply(block, block, out=block)
             self.squares += ones @ block
             norms = np.sqrt(block @ np.ones(self.d))
+            self._row_norms.append(norms.astype(np.float32))
         if self.non_finite is None and not np.isfinite(norms).all():
             self.non_finite = self.count + int(np.argmin(np.isfinite(norms)))
         self.norms += float(norms.sum())
-        self._row_norms.append(norms.astype(np.float32))
         self.count += self._filled
         self._block_number += 1
         self._filled = 0

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from activation_store.disk import Disk, default_disk
@@ -279,13 +280,14 @@ class _Gathered:
 
 
 class Lease:
-    """The right to write, held by renewing the object ``.owner``: its content is a name, a token and a counter."""
+    """The right to write, held by renewing the object ``.owner``: lines of a name, a token, a machine and a counter."""
 
     def __init__(self, place: ObjectFolder, name: str):
         self._place = place
         self._renewed = place  # what the thread has to itself, once it runs
         self._name = name
         self._token = uuid.uuid4().hex
+        self._machine = _machine()
         self._count = 0
         self._lost: str | None = None
         self._stop = threading.Event()
@@ -344,16 +346,19 @@ class Lease:
         return content is not None and self._token.encode() in content
 
     def _content(self) -> bytes:
-        return f"{self._name}\n{self._token}\n{self._count}\n".encode()
+        return f"{self._name}\n{self._token}\n{self._machine}\n{self._count}\n".encode()
 
     def _renew(self) -> None:
         place = self._renewed
         while not self._stop.wait(RENEWED_EVERY):
             self._count += 1
             try:
-                if place.put_if(OWNER_FILE, self._content(), place.tag(OWNER_FILE), new=False):
+                # Read first: a server that ignores the condition of the write would let us take it from another. And
+                # the condition may fail on our own object, if the answer to the last renewal was lost on its way.
+                now = place.read(OWNER_FILE)
+                if self._is_ours(now) and place.put_if(OWNER_FILE, self._content(), place.tag(OWNER_FILE), new=False):
                     continue
-                now = place.read(OWNER_FILE)  # our own, if the answer to the last renewal was lost on its way
+                now = place.read(OWNER_FILE)
                 if not self._is_ours(now):
                     self._lost = _written_by(place, now)
                     return
@@ -368,9 +373,9 @@ def _written_by(place: ObjectFolder, owner: bytes | None) -> str:
 
 def _is_gone(owner: bytes) -> bool:
     """Whether the owner was a process of this machine that is no longer there: no need to wait for its lease."""
-    name = owner.split(b"\n")[0].decode(errors="replace")
-    pid, _, host = name.partition(" on ")
-    if host != socket.gethostname() or not pid.isdigit():
+    lines = owner.decode(errors="replace").splitlines()
+    pid = lines[0].partition(" on ")[0] if lines else ""
+    if not pid.isdigit() or _machine() not in lines[1:]:
         return False
     try:
         os.kill(int(pid), 0)
@@ -379,3 +384,15 @@ def _is_gone(owner: bytes) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _machine() -> str:
+    """Where a process id means the same process: this start of this machine, and this namespace of process ids.
+
+    Containers may share a host's name. Where the system does not tell, every call gives another answer.
+    """
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{start} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex
