@@ -89,7 +89,8 @@ class Arena:
             out[chosen] = part
 
     def prefetch(self, chunks: np.ndarray) -> None:
-        """Begin to fetch chunks, as far as there is room beside those in use."""
+        """Begin to fetch chunks, those named first first, as far as there is room beside those in use."""
+        chunks = chunks[np.sort(np.unique(chunks, return_index=True)[1])]  # a chunk in two slots would be lost in both
         with self._free:
             absent = chunks[self._slot_of_chunk[chunks] == NOWHERE]
             room = int((self._pins == 0).sum())

@@ -56,7 +56,7 @@ MAPPED_SHARDS = 16_384
 """Shard files mapped at a time: the system allows a process 65,530 maps by default."""
 
 KEPT_ROWS = 65_536
-"""Rows of each array kept decoded when shards cannot be mapped, unless `Store.reserve` asks for more."""
+"""Rows of each array kept decoded when shards cannot be mapped, unless `Store.reserve` says how many."""
 
 FETCHED_AT_ONCE = 16
 """Requests under way at a time. An object store answers each after tens of milliseconds."""
@@ -139,7 +139,7 @@ class Store:
         self._mapped: OrderedDict[tuple[str, int], MappedShard] = OrderedDict()
         self._indexes: dict[tuple[str, int], ShardIndex] = {}
         self._arenas: dict[str, Arena] = {}
-        self._kept_rows = KEPT_ROWS
+        self._reserved_rows = 0
         self._in_one: dict[str, SideBySide | None] = {}
         self._lock = threading.Lock()
         if verify_reads:
@@ -410,10 +410,13 @@ class Store:
             self._shard(array, chunk // per_shard).prefetch(chunk % per_shard)
 
     def reserve(self, rows: int) -> None:
-        """Keep the last ``rows`` rows of each array in memory if they cannot be mapped: what a mixing buffer needs."""
+        """Keep the last ``rows`` rows of each array in memory if they cannot be mapped, and no more than asked for.
+
+        What a mixing buffer needs. Of several who ask, the one who asks for most is followed.
+        """
         with self._lock:
-            if rows > self._kept_rows:
-                self._kept_rows = rows
+            if rows > self._reserved_rows:
+                self._reserved_rows = rows
                 self._arenas = {}
 
     @cached_property
@@ -564,7 +567,7 @@ class Store:
                     array,
                     geometry,
                     chunks=-(-self.rows // geometry.rows_per_chunk),
-                    slots=-(-self._kept_rows // geometry.rows_per_chunk),
+                    slots=-(-(self._reserved_rows or KEPT_ROWS) // geometry.rows_per_chunk),
                     decode=decoder(self.manifest.compression),
                     index=self._index,
                     pool=self._pool,

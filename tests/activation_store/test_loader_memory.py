@@ -12,7 +12,6 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import activation_store.store as store_module
 from activation_store.loader import Loader
 from activation_store.local_folder import LocalFolder
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
@@ -78,7 +77,6 @@ def test_the_process_does_not_grow_by_the_store(large_store):
 
 def test_of_chunks_that_are_decoded_two_windows_are_kept(tmp_path, large_store, monkeypatch):
     """Enough that each chunk is decoded once in an epoch, and no more."""
-    monkeypatch.setattr(store_module, "KEPT_ROWS", 256)
     path = make(tmp_path / "compressed", compression="zstd")
     asked = dict(batch_size=BATCH, epochs=1, buffer_rows=BUFFER_ROWS, seed=2)
     decoded = []
