@@ -1,6 +1,6 @@
 """Any Zarr v3 reader opens a store, and we read shards that others wrote.
 
-Not checked here: TensorStore and zarrs, which are no dependencies of ours.
+TensorStore, and our readers against those of other programs: test_interop.py.
 """
 
 from __future__ import annotations
