@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -249,8 +250,6 @@ def test_an_error_that_nobody_expects_reaches_the_one_who_asked(make_arena, plac
 
 
 def test_a_damaged_chunk_is_refused_by_name_and_the_others_are_read(small_zstd_path, tmp_path):
-    import shutil
-
     path = shutil.copytree(small_zstd_path, tmp_path / "store")
     file = path / HOOK.array.shard_key(1)
     content = bytearray(file.read_bytes())
