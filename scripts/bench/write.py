@@ -34,10 +34,9 @@ from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.writer import StoreWriter
 
 BATCH_ROWS = 4096
-GEOMETRY = Geometry()
 
 
-def jobs(rows: int, d: int, folder: Path, compression: str) -> dict[str, Callable[[], None]]:
+def jobs(rows: int, d: int, folder: Path, compression: str, geometry: Geometry) -> dict[str, Callable[[], None]]:
     values = np.random.default_rng(0).normal(size=(BATCH_ROWS, d)).astype(np.float32)
     as_torch = torch.from_numpy(values)
     bits = as_torch.to(torch.bfloat16).view(torch.uint16).numpy()
@@ -50,21 +49,21 @@ def jobs(rows: int, d: int, folder: Path, compression: str) -> dict[str, Callabl
             for first in range(0, rows, BATCH_ROWS):
                 file.write(bits)
                 digest.update(bits)
-                if (first + BATCH_ROWS) % GEOMETRY.rows_per_shard == 0:
+                if (first + BATCH_ROWS) % geometry.rows_per_shard == 0:
                     os.fsync(file.fileno())
 
     def store() -> None:
         plan = StorePlan(rows, [DocumentRows("all", "train", 0, rows)])
-        with StoreWriter(folder / "store.zarr", plan, [hook], GEOMETRY, {}, compression=compression) as writer:
+        with StoreWriter(folder / "store.zarr", plan, [hook], geometry, {}, compression=compression) as writer:
             for _ in range(0, rows, BATCH_ROWS):
                 writer.append({hook.name: bits}, about, about, about)
             writer.finish()
 
     def statistics() -> None:
-        for shard in range(rows // GEOMETRY.rows_per_shard):
-            first_block = shard * GEOMETRY.rows_per_shard // BLOCK_ROWS
+        for shard in range(rows // geometry.rows_per_shard):
+            first_block = shard * geometry.rows_per_shard // BLOCK_ROWS
             moments = Moments(d, second_moment_stride(rows, d), first_block)
-            for _ in range(0, GEOMETRY.rows_per_shard, BATCH_ROWS):
+            for _ in range(0, geometry.rows_per_shard, BATCH_ROWS):
                 moments.update(bits)
             moments.settle()
 
@@ -75,10 +74,12 @@ def jobs(rows: int, d: int, folder: Path, compression: str) -> dict[str, Callabl
     return {"plain": plain, "store": store, "statistics": statistics, "conversion": conversion}
 
 
-def measure(rows: int, d: int, rounds: int, folder: Path, compression: str) -> dict[str, list[float]]:
+def measure(
+    rows: int, d: int, rounds: int, folder: Path, compression: str, geometry: Geometry
+) -> dict[str, list[float]]:
     """CPU-seconds of every job in every round, after one round that does not count. What it wrote is then removed."""
     place = folder / "place"
-    every = jobs(rows, d, place, compression)
+    every = jobs(rows, d, place, compression, geometry)
     names = list(every)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
@@ -94,19 +95,21 @@ def measure(rows: int, d: int, rounds: int, folder: Path, compression: str) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=524_288, help="a multiple of the 65,536 rows of a shard")
+    parser.add_argument("--rows", type=int, default=524_288, help="a multiple of the rows of a shard")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows-per-shard", type=int, default=Geometry.rows_per_shard)
     parser.add_argument("--compression", default="none")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder if not given")
     options = parser.parse_args()
-    rows = max(1, options.rows // GEOMETRY.rows_per_shard) * GEOMETRY.rows_per_shard
+    geometry = Geometry(rows_per_shard=options.rows_per_shard)
+    rows = max(1, options.rows // geometry.rows_per_shard) * geometry.rows_per_shard
     torch.set_num_threads(1)
     print("| d | plain write + XXH3 | store | of it statistics | (store - statistics) / plain | conversion, apart |")
     print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, threadpoolctl.threadpool_limits(1):
         for d in options.widths:
-            taken = measure(rows, d, options.rounds, Path(folder), options.compression)
+            taken = measure(rows, d, options.rounds, Path(folder), options.compression, geometry)
             per_million = {name: median(seconds) / rows * 1e6 for name, seconds in taken.items()}
             every = zip(taken["store"], taken["statistics"], taken["plain"], strict=True)
             ratio = median((store - statistics) / plain for store, statistics, plain in every)
