@@ -42,7 +42,9 @@ def test_a_store_shows_hooks_statistics_and_text(screen: Open) -> None:
     store = screen("store", store="stdlib")
     assert store.title == "stdlib"
     assert [row[0] for row in store.table()] == list(HOOKS)
-    assert all(float(cell) > 0 for row in store.table() for cell in row[4:])
+    for *_, mean, median, rms, outliers, of_mean in store.table():
+        assert all(float(length) > 0 for length in (mean, median, rms, of_mean))
+        assert int(outliers.replace(",", "")) >= 0
     first = store.payloads["store.passages"]["groups"][0]
     assert first["title"] == HOSTILE_DOCUMENT
     assert HOSTILE[0] in first["strips"][0]["tokens"]
@@ -62,7 +64,7 @@ def test_a_store_opens_at_the_page_of_the_row_in_the_address(screen: Open) -> No
 def test_a_growing_store_says_so_and_shows_what_is_there(screen: Open) -> None:
     store = screen("store", store="growing")
     assert "2,048 of" in store.notices[0] and "`dictlearn harvest`" in store.notices[0]
-    assert store.table()[0][4:] == ["not yet"] * 3
+    assert store.table()[0][4:] == ["not yet"] * 5
     assert store.payloads["store.passages"]["groups"]
 
 
