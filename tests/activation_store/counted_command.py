@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from activation_store.harvest.capture import Capture
 
-if __name__ == "__main__":
-    log = Path(sys.argv.pop(1))
-    run = Capture.run
 
-    def counted(self: Capture, *arguments: Any) -> Any:
+def counted(run: Callable[..., Any], log: Path) -> Callable[..., Any]:
+    """`Capture.run` that writes a line before each pass."""
+
+    def counting(self: Capture, *arguments: Any) -> Any:
         with log.open("a") as lines:
             lines.write("pass\n")
         return run(self, *arguments)
 
-    Capture.run = counted  # type: ignore[method-assign]
+    return counting
+
+
+if __name__ == "__main__":
+    Capture.run = counted(Capture.run, Path(sys.argv.pop(1)))  # type: ignore[method-assign]
     runpy.run_module("dictlearn", run_name="__main__", alter_sys=True)

@@ -22,6 +22,7 @@ from activation_store.codec import decoder
 from activation_store.errors import UserError
 from activation_store.local_folder import LocalFolder
 from activation_store.store import Store, open_store, read_manifest
+from activation_store.testing import UnsyncedDisk
 from tests.activation_store import large_store
 from tests.activation_store.small_store import GEOMETRY, HOOKS, ROWS, stored
 
@@ -97,7 +98,7 @@ def in_time(do, seconds=60):
 # --- the right rows ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     slots=st.integers(1, CHUNKS + 3),
     takes=st.lists(st.lists(st.integers(0, ROWS - 1), max_size=60), max_size=6),
@@ -112,14 +113,14 @@ def test_any_rows_with_any_number_of_slots(make_arena, slots, takes, ahead):
     assert_usable(arena)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5, 13])
+@pytest.mark.parametrize("slots", [1, 3, 13])
 def test_many_threads_with_few_slots_get_the_right_rows_and_come_to_an_end(make_arena, place, slots):
     arena = make_arena(slots)
     place.longest = 0.002
 
     def work(seed):
         chance = np.random.default_rng(seed)
-        for _ in range(15):
+        for _ in range(10):
             if chance.random() < 0.4:
                 arena.prefetch(chance.integers(0, CHUNKS, chance.integers(0, CHUNKS)))
             # From a few rows of one chunk to rows of more chunks than there are slots.
@@ -127,8 +128,8 @@ def test_many_threads_with_few_slots_get_the_right_rows_and_come_to_an_end(make_
             assert np.array_equal(taken(arena, rows), EXPECTED[rows])
         return True
 
-    with ThreadPoolExecutor(12) as threads:
-        working = [threads.submit(work, seed) for seed in range(12)]
+    with ThreadPoolExecutor(10) as threads:
+        working = [threads.submit(work, seed) for seed in range(10)]
         assert all(working_one.result(timeout=100) for working_one in working)
     assert_usable(arena)
 
@@ -203,7 +204,7 @@ print(most - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_reading_all_of_a_large_store_grows_the_process_by_no_more_than_was_reserved(tmp_path):
-    large_store.make(tmp_path / "store", compression="zstd")
+    large_store.make(tmp_path / "store", UnsyncedDisk(), compression="zstd")
     grown = {}
     for rows in (2048, large_store.ROWS):
         done = subprocess.run(

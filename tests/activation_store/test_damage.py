@@ -30,7 +30,7 @@ def test_an_undamaged_store_is_found_to_be_so(small_path):
     assert verify(small_path) == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_its_file_is_named(copy, data):
     key = data.draw(st.sampled_from(sorted(copy.files)))
@@ -41,7 +41,7 @@ def test_any_flipped_bit_is_found_and_its_file_is_named(copy, data):
     assert verify(copy.place) == []
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_truncated_file_is_found_and_a_reader_is_told_its_name(copy, data):
     key = data.draw(st.sampled_from(sorted(copy.files)))

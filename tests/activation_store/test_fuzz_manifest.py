@@ -108,7 +108,7 @@ def refused_or_right(path: Path, expected: dict, parts_of: str) -> str | None:
 
 
 @pytest.mark.usefixtures("little_memory")
-@settings(SHARED, max_examples=250)
+@settings(SHARED, max_examples=100)
 @given(data=st.data(), fingerprint=st.booleans())
 def test_a_changed_manifest_is_refused_or_shows_the_same_rows(store, data, fingerprint):
     path, body, expected = store
@@ -193,6 +193,7 @@ WRONG = [
 
 
 @pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("store", ["zstd"], indirect=True)
 @pytest.mark.parametrize(("place", "value", "said"), WRONG, ids=lambda part: str(part)[:40])
 def test_what_cannot_be_right_is_refused_in_words(store, place, value, said):
     path, body, expected = store

@@ -62,7 +62,7 @@ OFFSETS = st.one_of(
 )
 
 
-@settings(SHARED, max_examples=150)
+@settings(SHARED, max_examples=60)
 @given(data=st.data(), hook=st.sampled_from(HOOKS), shard=st.integers(0, 3))
 def test_any_index_with_a_valid_crc_is_read_as_zarr_reads_it_or_refused(shards, data, hook, shard):
     key = hook.array.shard_key(shard)
@@ -86,7 +86,7 @@ def test_any_index_with_a_valid_crc_is_read_as_zarr_reads_it_or_refused(shards, 
         read_as_zarr_does_or_refused(shards, hook, shard)
 
 
-@settings(SHARED, max_examples=100)
+@settings(SHARED, max_examples=40)
 @given(data=st.data(), hook=st.sampled_from(HOOKS), shard=st.integers(0, 3))
 def test_chunks_put_elsewhere_in_the_file_are_found(shards, data, hook, shard):
     """Valid, only other: chunks in any order, with gaps, shared by two places, left out, rubbish before and after."""
@@ -108,7 +108,7 @@ def test_chunks_put_elsewhere_in_the_file_are_found(shards, data, hook, shard):
 
 
 @pytest.mark.parametrize("shards", ["zstd folder"], indirect=True)
-@settings(SHARED, max_examples=150)
+@settings(SHARED, max_examples=60)
 @given(data=st.data(), hook=st.sampled_from(HOOKS), shard=st.integers(0, 3))
 def test_any_bytes_in_the_place_of_a_compressed_chunk_are_read_as_zarr_reads_them_or_refused(shards, data, hook, shard):
     key = hook.array.shard_key(shard)
@@ -129,7 +129,7 @@ def test_any_bytes_in_the_place_of_a_compressed_chunk_are_read_as_zarr_reads_the
         read_as_zarr_does_or_refused(shards, hook, shard)
 
 
-@settings(SHARED, max_examples=100)
+@settings(SHARED, max_examples=40)
 @given(data=st.data(), hook=st.sampled_from(HOOKS), shard=st.integers(0, 3))
 def test_cut_or_overwritten_shards_are_read_as_zarr_reads_them_or_refused(shards, data, hook, shard):
     key = hook.array.shard_key(shard)
@@ -156,7 +156,7 @@ COLUMNS = st.lists(
 )
 
 
-@settings(SHARED, max_examples=150)
+@settings(SHARED, max_examples=60)
 @given(values=COLUMNS, column=st.sampled_from(["id_ends", "first_rows", "rows", "splits", "ids"]), keep=st.booleans())
 def test_a_document_table_that_cannot_be_right_is_refused(shards, values, column, keep):
     """Written with a valid checksum. What it says must fill the store's rows, document after document."""

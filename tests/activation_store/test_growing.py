@@ -6,7 +6,6 @@ The writer is a process of its own and does not wait for anybody; the readers lo
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ import pytest
 import zarr
 
 from activation_store.bfloat16 import as_float32, register
-from activation_store.spec import COMPRESSIONS
 from activation_store.store import open_store
 from activation_store.verify import verify
 from tests.activation_store.small_store import GEOMETRY, HOOKS, document_of_row, plan, stored, token_ids
@@ -82,8 +80,7 @@ def assert_right(store, first_row=0):
     assert np.array_equal(store.documents(first_row, rows), document_of_row(ROWS)[first_row:rows])
 
 
-@pytest.mark.parametrize("verify_reads", [False, True])
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(("compression", "verify_reads"), [("none", False), ("zstd", False), ("zstd", True)])
 def test_a_reader_sees_committed_rows_and_all_of_them_right(fast_folder, compression, verify_reads):
     seen = []
     path = fast_folder / "store"
@@ -104,10 +101,9 @@ def test_a_reader_sees_committed_rows_and_all_of_them_right(fast_folder, compres
     assert verify(path) == []
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_an_opened_store_stays_as_it_was_when_it_was_opened(fast_folder, compression):
+def test_an_opened_store_stays_as_it_was_when_it_was_opened(fast_folder):
     path = fast_folder / "store"
-    with Growing(path, compression) as looks:
+    with Growing(path, "none") as looks:
         snapshots = []
         for _ in looks:
             snapshots.append(open_store(path))
@@ -134,20 +130,6 @@ def test_zarr_python_sees_no_fill_values_and_is_one_commit_ahead_at_most(fast_fo
                 assert before <= rows <= after + SHARD
                 ahead.append(rows - before)
     assert max(ahead) > 0, "it was never looked at in the middle of a commit"
-
-
-def test_what_plain_json_says_is_always_whole(fast_folder):
-    """Metadata is replaced in one step: nobody ever reads half of it."""
-    path = fast_folder / "store"
-    reads = 0
-    with Growing(path, "none") as looks:
-        for _ in looks:
-            manifest = json.loads((path / "zarr.json").read_text())["attributes"]["activation_store"]
-            shards = {len(checksums) for checksums in manifest["shards"].values()}
-            assert shards == {GEOMETRY.shards(manifest["rows"])}
-            json.loads((path / "positions" / "zarr.json").read_text())
-            reads += 1
-    assert reads > 5
 
 
 def test_verifying_a_store_that_grows_finds_nothing_wrong(fast_folder):

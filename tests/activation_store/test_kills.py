@@ -42,24 +42,23 @@ BATCHES = -(-ROWS // BATCH_ROWS)
 BATCHES_OF_A_COMMIT = GEOMETRY.rows_per_shard // BATCH_ROWS + 2
 """A commit begins and ends inside a batch."""
 
-NAMED_POINTS = [
-    "manifest.write:1",
-    "metadata.write:9",
-    "shard.write:40",
-    "shard.sync:2",
-    "shard.rename:8",
-    "shard.sync_folders:2",
-    "statistics.write:2",
-    "metadata.rename:40",
-    "manifest.write:3",
-    "manifest.rename:3",
-    "manifest.sync_folders:3",
-    "statistics.remove:2",
-    "statistics.rename:20",
-    "manifest.rename:6",
-    "staging.remove:1",
-]
-NAMED_POINTS_COMPRESSED = ["shard.write:20", "shard.rename:17", "metadata.rename:30", "manifest.rename:4"]
+NAMED_POINTS = {
+    "none": [
+        "manifest.write:1",
+        "metadata.write:9",
+        "shard.write:40",
+        "shard.sync:2",
+        "shard.rename:8",
+        "shard.sync_folders:2",
+        "statistics.write:2",
+        "metadata.rename:40",
+        "manifest.rename:3",
+        "statistics.remove:2",
+        "statistics.rename:20",
+        "staging.remove:1",
+    ],
+    "zstd": ["shard.write:20", "metadata.rename:30", "manifest.rename:4"],
+}
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def run(path, kill_at=None, compression="none"):
 
 @pytest.mark.parametrize(
     ("kill_at", "compression"),
-    [(point, "none") for point in NAMED_POINTS] + [(point, "zstd") for point in NAMED_POINTS_COMPRESSED],
+    [(point, compression) for compression, points in NAMED_POINTS.items() for point in points],
 )
 def test_a_process_killed_at_a_named_point_is_made_good_by_the_next(fast_folder, undisturbed, kill_at, compression):
     path = fast_folder / "store"
@@ -111,10 +110,10 @@ def operations(folder, compression):
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_killed_at_every_twentieth_operation_and_made_again(fast_folder, compression):
+def test_killed_at_every_thirtieth_operation_and_made_again(fast_folder, compression):
     points = operations(fast_folder, compression)
     make_it = partial(make, compression=compression)
-    assert_survives_kills(make_it, fast_folder / "kills", list(range(3, len(points), 20)))
+    assert_survives_kills(make_it, fast_folder / "kills", list(range(3, len(points), 30)))
 
 
 @pytest.mark.heavy
@@ -208,9 +207,8 @@ def working_time(path: Path, compression: str) -> float:
     return time.perf_counter() - began
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_killed_at_a_few_random_instants_it_still_ends_well(tmp_path, undisturbed, compression):
-    assert kill_at_random(tmp_path, undisturbed[compression], compression, kills=4).total >= 4
+def test_killed_at_a_few_random_instants_it_still_ends_well(tmp_path, undisturbed):
+    assert kill_at_random(tmp_path, undisturbed["none"], "none", kills=5).total >= 5
 
 
 @pytest.mark.heavy
@@ -227,7 +225,7 @@ def test_killed_a_hundred_times_at_random_instants_it_still_ends_well(tmp_path, 
 
 
 HARVEST = "--hooks blocks.1.hook_resid_post blocks.1.attn.hook_z --tokens 6000 --context 64 --batch-size 4 --device cpu"
-HARVEST += " --rows-per-chunk 64 --rows-per-shard 512"
+HARVEST += " --rows-per-chunk 64 --rows-per-shard 512 --threads 1"
 
 
 @dataclass
@@ -236,6 +234,10 @@ class RealHarvest:
 
     folder: Path
     store: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["harvest", *HARVEST.split(), "--store", str(self.store), "--corpus", str(self.folder / "corpus")]
 
     @property
     def log(self) -> Path:
@@ -250,16 +252,8 @@ class RealHarvest:
         return open_store(self.store).rows if (self.store / "zarr.json").exists() else 0
 
     def start(self, **environment: str) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.activation_store.counted_command",
-            self.log,
-            "harvest",
-            *HARVEST.split(),
-        ]
         return subprocess.Popen(
-            [*command, "--store", self.store, "--corpus", self.folder / "corpus"],
+            [sys.executable, "-m", "tests.activation_store.counted_command", self.log, *self.arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -286,13 +280,19 @@ class RealHarvest:
 
 @pytest.fixture(scope="module")
 def real_store(tmp_path_factory):
-    """An undisturbed harvest, and the forward passes it took."""
+    """An undisturbed harvest, and the forward passes it took. In this process, to load torch and the model but once."""
+    from activation_store.harvest.capture import Capture
+    from dictlearn.cli import main
+    from tests.activation_store.counted_command import counted
+
     folder = tmp_path_factory.mktemp("real")
     (folder / "corpus").mkdir()
     for module in (argparse, random, subprocess):
         (folder / "corpus" / f"{module.__name__}.txt").write_text(inspect.getsource(module))
     harvest = RealHarvest(folder, folder / "undisturbed.zarr")
-    harvest.run()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Capture, "run", counted(Capture.run, harvest.log))
+        main(harvest.arguments)
     assert verify(harvest.store) == []
     return harvest
 

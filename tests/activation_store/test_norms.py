@@ -73,7 +73,7 @@ def test_the_limit_of_outliers_is_not_rounded_to_float32():
     assert summarise_norms(Norms(norms), "x") == (median, 1) == expected(norms)
 
 
-@settings(SHARED, max_examples=40)
+@settings(SHARED, max_examples=20)
 @given(made=random_stores())
 def test_the_norms_of_any_store_are_those_of_its_rows_as_stored(fast_folder, made):
     shutil.rmtree(fast_folder / "store", ignore_errors=True)

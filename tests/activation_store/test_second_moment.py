@@ -21,13 +21,13 @@ from activation_store.store import Store, open_store
 from activation_store.testing import Killed, KillingDisk, RecordingDisk, UnsyncedDisk, assert_same_files
 from activation_store.writer import StoreWriter
 
-ROWS, BATCH = 15_500, 777
+ROWS, BATCH = 9_500, 777
 GEOMETRY = Geometry(rows_per_chunk=100, rows_per_shard=2500)
-"""Shards of blocks of 1024, 1024 and 452 rows; the last has 500 rows."""
+"""Shards of blocks of 1024, 1024 and 452 rows; the last has 2000 rows."""
 HOOKS = [
     HookSpec("narrow", (2, 4), "float32"),
     HookSpec("wide", (60,), "bfloat16"),
-    HookSpec("widest", (300,), "float16"),
+    HookSpec("widest", (150,), "float16"),
 ]
 SHARDS = ceil(ROWS / GEOMETRY.rows_per_shard)
 
@@ -92,14 +92,14 @@ def test_statistics_are_over_exactly_the_rows_that_the_rule_names(undisturbed, h
 def test_the_hooks_of_these_tests_take_all_some_and_few_of_the_rows():
     """Otherwise a writer that takes all rows, or the same ones for all hooks, would pass."""
     shares = [len(rows_of_the_second_moment(hook.d, ROWS, GEOMETRY.rows_per_shard)) / ROWS for hook in HOOKS]
-    assert shares[0] < 0.1 < shares[1] < 0.5 and shares[2] == 1
+    assert shares[0] < 0.2 < shares[1] < 0.7 and shares[2] == 1
     chosen = rows_of_the_second_moment(60, ROWS, GEOMETRY.rows_per_shard)
     x = as_float32(VALUES["wide"]).astype(np.float64)
     all_of_them = x.T @ x / len(x)
     assert not np.allclose(x[chosen].T @ x[chosen] / len(chosen), all_of_them, rtol=1e-4)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     d=st.integers(1, 5),
     rows=st.integers(1, 6000),
@@ -121,7 +121,7 @@ def test_for_any_width_size_and_shard(fast_folder, d, rows, rows_per_shard, batc
 @pytest.fixture(params=["always", "now and then", "never"])
 def staged(request, monkeypatch):
     """How often the running sums are kept beside the store."""
-    per = {"always": 0.0, "now and then": 5.0, "never": 1e9}[request.param]
+    per = {"always": 0.0, "now and then": 10.0, "never": 1e9}[request.param]
     monkeypatch.setattr(writer_module, "SUMS_ARE_STAGED_PER", per)
     return request.param
 
@@ -139,7 +139,7 @@ def test_sums_computed_again_after_a_kill_have_the_same_bits(fast_folder, undist
         "_sums_of_committed",
         lambda self, store, hook, shard: read_again.append(shard) or sums_of_committed(self, store, hook, shard),
     )
-    for number in (commits[4], commits[-2]):
+    for number in (commits[3], commits[-2]):
         path = fast_folder / f"killed-{number}"
         with pytest.raises(Killed):
             make(path, KillingDisk("*", number + 1, by_signal=False))  # the commit is there, nothing after it

@@ -30,7 +30,7 @@ def test_what_is_whole_is_read(copy):
     assert same_bits(read_verified(copy), read_everything(open_store(copy.place)))
 
 
-@settings(SHARED, max_examples=60)
+@settings(SHARED, max_examples=25)
 @given(data=st.data())
 def test_a_bit_flipped_anywhere_is_found_by_reading(copy, data):
     key = data.draw(st.sampled_from(sorted(copy.files)))
@@ -38,7 +38,7 @@ def test_a_bit_flipped_anywhere_is_found_by_reading(copy, data):
         assert copy.place.where(key) in (refusal_of(lambda: read_verified(copy)) or "nothing was found")
 
 
-@settings(SHARED, max_examples=25)
+@settings(SHARED, max_examples=10)
 @given(data=st.data())
 def test_a_file_that_is_cut_or_goes_on_is_found_by_reading(copy, data):
     key = data.draw(st.sampled_from(sorted(copy.files)))
@@ -60,7 +60,7 @@ def test_a_bit_flipped_in_the_metadata_of_any_array_is_found_when_the_store_is_o
 
 
 def test_a_missing_file_is_found_by_reading(copy):
-    for key in copy.files:
+    for key in ["zarr.json", *sorted(copy.files)[::4]]:
         with copy.restored(key):
             copy.remove(key)
             said = refusal_of(lambda: read_verified(copy)) or "nothing was found"
@@ -98,7 +98,7 @@ def test_refreshing_goes_on_verifying(fast_folder):
 # --- without verify_reads ---------------------------------------------------------------------------------------------
 
 
-@settings(SHARED, max_examples=300)
+@settings(SHARED, max_examples=100)
 @given(data=st.data())
 def test_a_bit_flipped_in_a_compressed_shard_is_an_error_and_never_other_rows(zstd_copy, data):
     copy, expected = zstd_copy
@@ -121,14 +121,14 @@ def test_each_bit_of_a_compressed_chunk_matters_or_changes_nothing(zstd_copy):
     key = HOOKS[2].array.shard_key(3)
     expected, errors = stored(HOOKS[2], 384, ROWS), 0
     bits = 8 * (len(copy.files[key]) - 4 - 8 * 16)
-    for number in range(0, bits, 41):
+    for number in range(0, bits, 101):
         with copy.flipped(key, number // 8, number % 8):
             found = []
             store = open_store(copy.place)
             said = refusal_of(lambda: found.append(store.read_rows(HOOKS[2].name, 384, ROWS)))  # noqa: B023
             errors += said is not None
             assert said is not None or np.array_equal(found[0], expected)
-    assert errors > 0.95 * len(range(0, bits, 41))
+    assert errors > 0.95 * len(range(0, bits, 101))
 
 
 def test_a_flipped_value_in_an_uncompressed_shard_is_found_by_verify_reads_alone(copied):

@@ -309,6 +309,7 @@ def wait_for_passes(process: subprocess.Popen, log: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.heavy  # tests/activation_store/test_kills.py does as much to the real command
 def test_kill_9_in_the_middle_and_the_same_command_again(config, tmp_path):
     undisturbed = bytes_of(harvest(replace(config, store=tmp_path / "undisturbed.zarr")))
     batches = describe(config).batches
