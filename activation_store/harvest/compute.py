@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import numpy as np
 from activation_store.commit import columns_of
 from activation_store.errors import UserError
 from activation_store.harvest.batches import Batch, BatchPlan
+from activation_store.harvest.memory import freed_memory_kept
 from activation_store.harvest.ranks import Group, harvest_together
 from activation_store.harvest.request import Request
 from activation_store.progress import Progress, Task
@@ -48,7 +50,8 @@ def compute(request: Request, plan: BatchPlan, group: Group, progress: Progress,
             capture, way, words = capture_of(request, plan)
             task.advance(1, through=words)
         request = replace(request, capture=way)
-        with _one_blas_thread(), capture:
+        kept = freed_memory_kept() if way == "modules" and request.device == "cpu" else nullcontext()
+        with _one_blas_thread(), kept, capture:
             if group.size > 1:
                 _write_together(request, plan, capture, group, progress)
                 return

@@ -4,7 +4,8 @@
 
 In every round each job runs once, over the same number of windows and in an order that changes from round to round:
 
-- bare Bridge, bare modules: the forward pass alone, stopped after that layer, its activation looked at by nobody;
+- bare Bridge, bare modules: the forward pass alone, stopped after that layer, its activation looked at by nobody. The
+  modules with freed memory kept, as a harvest by them has it; the Bridge as it is, and once more with memory kept;
 - harvest through the Bridge, through the modules: `dictlearn harvest` from the moment the model is loaded to the last
   byte of a complete store: batches, forward passes, conversion, checks, rows, statistics, fsync;
 - writing: rows at hand into a complete store.
@@ -20,6 +21,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from activation_store.harvest import HarvestConfig, describe, harvest, load_language_model, resolve_model
 from activation_store.harvest.corpus import open_corpus
 from activation_store.harvest.language_model import BUNDLED_FOLDER, ModelSpec, load_modules
+from activation_store.harvest.memory import freed_memory_kept
 from activation_store.harvest.modules import HookedModules, find_places
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.writer import StoreWriter
@@ -89,20 +92,21 @@ def jobs(config: HarvestConfig, passes: int) -> dict[str, Callable[[], Taken]]:
     def stop(activation: torch.Tensor, hook: object) -> None:
         raise StopAtLayerException(activation)
 
-    def bare_bridge() -> Taken:
-        with Stopwatch() as watch, torch.inference_mode():
+    def bare_bridge(memory: Callable[[], AbstractContextManager[object]]) -> Taken:
+        with memory(), Stopwatch() as watch, torch.inference_mode():
             for batch in tokens:
                 bridge(batch, stop_at_layer=layer + 1, return_type=None, use_cache=False)
         return watch.taken
 
     def bare_modules() -> Taken:
-        with Stopwatch() as watch, torch.inference_mode(), modules.hooks([(hook, stop)]):
+        with freed_memory_kept(), Stopwatch() as watch, torch.inference_mode(), modules.hooks([(hook, stop)]):
             for batch in tokens:
                 modules(batch)
         return watch.taken
 
     return {
-        "bare bridge": bare_bridge,
+        "bare bridge": partial(bare_bridge, nullcontext),
+        "bare bridge, memory kept": partial(bare_bridge, freed_memory_kept),
         "bare modules": bare_modules,
         "harvest bridge": partial(harvested, replace(config, capture="bridge")),
         "harvest modules": partial(harvested, replace(config, capture="modules")),
@@ -149,8 +153,9 @@ def measure(config: HarvestConfig, passes: int, rounds: int) -> dict[str, list[T
 # --- the table ------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "model", "context", "bare Bridge tok/s", "harvest / bare", "bare modules tok/s", "harvest / bare",
-    "harvest by modules / bare Bridge", "writing alone / bare modules", "wall: harvest / bare modules",
+    "model", "context", "bare Bridge tok/s", "harvest by it / it", "bare modules tok/s", "harvest by them / them",
+    "harvest by modules / bare Bridge", "the same, memory kept in both", "writing alone / bare modules",
+    "wall: harvest / bare modules",
 )  # fmt: skip
 
 
@@ -173,6 +178,7 @@ def row(name: str, context: int, tokens: int, taken: dict[str, list[Taken]]) -> 
         speed("bare modules"),
         ratio("harvest modules", "bare modules"),
         ratio("harvest modules", "bare bridge"),
+        ratio("harvest modules", "bare bridge, memory kept"),
         f"{share:.3f}",
         ratio("harvest modules", "bare modules", "wall"),
     ]

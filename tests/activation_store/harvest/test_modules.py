@@ -113,6 +113,13 @@ def test_what_is_read_is_a_copy(plain):
         assert torch.equal(capture.run(TOKENS)["blocks.0.hook_resid_post"], expected)
 
 
+def test_a_gelu_written_out_in_python_is_computed_in_one(tiny_gpt2):
+    spec = resolve_model(str(tiny_gpt2))
+    model = load_modules(spec, type(load_language_model(spec).original_model))
+    activations = {type(module).__name__ for module in model.modules() if "GELU" in type(module).__name__}
+    assert activations == {"GELU"} and model.transformer.h[0].mlp.act.approximate == "tanh"
+
+
 # --- the measure ----------------------------------------------------------------------------------------------------
 
 
