@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import activation_store.loader as loader_module
 from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.read_ahead import THREAD_NAME
-from activation_store.store import open_store
+from activation_store.store import Store, open_store
 from activation_store.testing import UnsyncedDisk
 from tests.activation_store.small_store import HOOKS, ROWS, append, document_of_row, open_writer, plan, values
 
@@ -80,6 +82,26 @@ def test_ranks_see_different_rows(small):
         for rank in (0, 1)
     ]
     assert parts[0] and parts[1] and not parts[0] & parts[1]
+
+
+def test_chunks_are_asked_for_once_unless_the_disk_had_to_be_waited_for(small, monkeypatch):
+    waits, asked = [0], []
+    monkeypatch.setattr(
+        loader_module.resource, "getrusage", lambda of: SimpleNamespace(ru_majflt=waits[0]), raising=False
+    )
+    monkeypatch.setattr(Store, "prefetch", lambda self, hook, chunks: asked.extend(chunks.tolist()))
+    loader = Loader(small, NAMES[:1], 32, split="all", buffer_rows=64, prefetch=0)
+    batches = iter(loader)
+    for _ in range(13):
+        next(batches)
+    assert sorted(asked) == list(range(27)), "each of the first epoch, once"
+    for _ in range(13):
+        next(batches)
+    assert len(asked) == 27, "and none of the second"
+    waits[0] = 1
+    for _ in range(13):
+        next(batches)
+    assert sorted(asked[27:]) == list(range(27))
 
 
 def readers():

@@ -190,18 +190,20 @@ def test_patience_begins_anew_with_each_commit(fast_folder, monkeypatch):
         thread.join()
 
 
-def test_the_chunks_of_a_window_are_asked_for_again_when_the_store_has_grown(growing, monkeypatch):
+def test_decoded_chunks_are_asked_for_again_when_the_store_has_grown(fast_folder, monkeypatch):
     """What was decoded for the store as it was is not there for the store as it is."""
     asked = []
     prefetch = Store.prefetch
     monkeypatch.setattr(
         Store, "prefetch", lambda self, hook, chunks: asked.append((self.rows, *chunks)) or prefetch(self, hook, chunks)
     )
-    path, grow = growing
-    grow(130)
-    batches = iter(Loader(open_store(path), **(ASKED | dict(hooks=NAMES[:1], buffer_rows=128, prefetch=0))))
-    next(batches)
-    grow(ROWS)
+    with open_writer(fast_folder / "store", UnsyncedDisk(), compression="zstd") as writer:
+        append(writer, 0, 130)
+        store = open_store(fast_folder / "store")
+        batches = iter(Loader(store, **(ASKED | dict(hooks=NAMES[:1], buffer_rows=128, prefetch=0))))
+        next(batches)
+        append(writer, 130, ROWS)
+        writer.finish()
     list(itertools.islice(batches, 16))
     assert asked[:3] == [(128, *range(6)), (128, 6, 7), (430, *range(6, 13))]
 
