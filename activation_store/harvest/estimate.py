@@ -84,7 +84,8 @@ def estimate_seconds(request: Request, plan: BatchPlan, rows_left: int) -> tuple
     spec, config = request.spec, request.config
     layers = min(spec.n_layers, spec.last_layer_needed(config.hooks) + 1)
     products = 2 * spec.parameters_per_layer() / PRODUCTS_REACH
-    scores = SCORE_TAKES * spec.n_heads * config.context
+    score_takes = SCORE_TAKES if request.capture == "bridge" else FUSED_SCORE_TAKES
+    scores = score_takes * spec.n_heads * config.context
     tokens = plan.batches * config.batch_size * config.context * rows_left / plan.rows
     work = tokens * layers * (products + scores)
     return work / _matrix_speed() + LOADING_TAKES, (
@@ -99,6 +100,9 @@ PRODUCTS_REACH = 0.8
 SCORE_TAKES = 1500
 """One attention score, at the Bridge's eager attention, takes as long as this many operations of a matrix product: it
 is written and read by some ten elementwise steps (measured on 8 heads of 32, context 128 to 512, on a CPU)."""
+
+FUSED_SCORE_TAKES = 250
+"""The same in a model's own modules, with PyTorch's attention (same sizes; the MLPs' elementwise steps are in it)."""
 
 LOADING_TAKES = 8.0
 """Seconds, nearly all of them imports."""

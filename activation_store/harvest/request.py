@@ -88,7 +88,8 @@ class HarvestConfig:
     """What is done to chunks on disk: none, so that they can be memory-mapped, or zstd."""
 
     model_dtype: str = "float32"
-    """Type the model computes in: float32, bfloat16 or float16."""
+    """Type the model computes in: float32, bfloat16 or float16. bfloat16 moves rows by 1 to 2 % of their length, where
+    storing moves them by 0.16 %, and takes half the time on a CPU that has instructions for it."""
 
     capture: str = "auto"
     """Where activations are read: in the TransformerLens bridge, in the modules of Hugging Face's transformers, which
