@@ -36,6 +36,28 @@ class Loss:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step that has just been taken, for `Dictionary.after_update`.
+
+    Attributes:
+        optimiser: the one that holds this dictionary's parameters.
+        step, steps: number of the step taken, from 0, and how many the run has.
+        generator: the run's own random stream; what is drawn from it is resumed exactly.
+        x: (B, D) the raw activations of the batch.
+        target: (B, O) its raw targets, or None for an autoencoder.
+        loss: what the batch cost before the step.
+    """
+
+    optimiser: torch.optim.Optimizer
+    step: int
+    steps: int
+    generator: torch.Generator
+    x: Tensor
+    target: Tensor | None
+    loss: Loss
+
+
 class ControlStatistics(Protocol):
     """What centring and whitening need to know of the control rows (a store's statistics of one hook have it).
 
@@ -62,6 +84,8 @@ class Dictionary(nn.Module):
 
     kind: ClassVar[str]
     Config: ClassVar[type]
+    latent_parallel: ClassVar[bool] = False
+    """Whether the loss goes through `dictlearn.ops` alone, so that ranks may hold a part of the latents each."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -109,11 +133,14 @@ class Dictionary(nn.Module):
 
     # --- what a kind may define -----------------------------------------------------------------------------------
 
+    def schedule(self, step: int, steps: int) -> None:
+        """Called before each step of a run of ``steps``: sets what varies with the step, from these numbers alone."""
+
     def project_gradients(self) -> None:
         """Called between backward and the optimiser's step."""
 
-    def after_update(self, optimiser: torch.optim.Optimizer, step: int, generator: torch.Generator) -> dict[str, float]:
-        """Called after the optimiser's step: restore constraints, reset atoms. Returns numbers worth logging."""
+    def after_update(self, update: Update) -> dict[str, float]:
+        """Called after the optimiser's step: restore constraints, reset latents. Returns numbers worth logging."""
         return {}
 
     # --- shared -----------------------------------------------------------------------------------------------------
@@ -134,3 +161,16 @@ class Dictionary(nn.Module):
 
     def copy(self) -> Self:
         return copy.deepcopy(self)
+
+
+def forget_moments(optimiser: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Zero what an optimiser remembers of some rows of a parameter: redrawn rows start without a past.
+
+    Args:
+        optimiser: any that keeps tensors of the parameter's own length in its state (Adam's moments, momentum buffers).
+        parameter: one of the optimiser's parameters, with rows along its first axis.
+        rows: (N,) int64 numbers of the rows.
+    """
+    for moment in optimiser.state.get(parameter, {}).values():
+        if isinstance(moment, Tensor) and moment.shape[:1] == parameter.shape[:1]:
+            moment[rows] = 0

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Dictionary, Loss
+from dictlearn.dictionaries.base import Dictionary, Loss, Update, forget_moments
 from dictlearn.dictionaries.configs import ICFLConfig
 
 if TYPE_CHECKING:
@@ -94,19 +94,17 @@ class ICFL(Dictionary):
         self.atoms.copy_((2 * torch.rand(self.atoms.shape, generator=generator) - 1) * bound)
 
     @torch.no_grad()
-    def after_update(self, optimiser: torch.optim.Optimizer, step: int, generator: torch.Generator) -> dict[str, float]:
+    def after_update(self, update: Update) -> dict[str, float]:
         """Every ``reset_every`` steps, redraw one of each pair of atoms closer than ``reset_cosine`` on the sphere."""
-        if (step + 1) % self.config.reset_every:
+        if (update.step + 1) % self.config.reset_every:
             return {}
         unit_SD = F.normalize(self.atoms, dim=1)
         close_SS = (unit_SD @ unit_SD.T).triu(diagonal=1) > self.config.reset_cosine
         repeated = close_SS.any(dim=0).nonzero().squeeze(1)  # of each pair the later one
         if len(repeated):
-            fresh = F.normalize(torch.randn(len(repeated), self.d_in, generator=generator), dim=1)
+            fresh = F.normalize(torch.randn(len(repeated), self.d_in, generator=update.generator), dim=1)
             self.atoms[repeated] = fresh.to(self.atoms)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in optimiser.state.get(self.atoms, {}):
-                    optimiser.state[self.atoms][moment][repeated] = 0
+            forget_moments(update.optimiser, self.atoms, repeated)
         return {"resets": float(len(repeated))}
 
     def fold(self) -> Self:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update
 from dictlearn.dictionaries.configs import TopKConfig
 
 
@@ -29,6 +29,7 @@ class TopK(Dictionary):
     kind = "topk"
     Config = TopKConfig
     config: TopKConfig
+    latent_parallel = True
 
     def __init__(self, config: TopKConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__(config, d_in, d_out)
@@ -105,7 +106,7 @@ class TopK(Dictionary):
             self.W_dec.grad.sub_(along_S1 * self.W_dec)
 
     @torch.no_grad()
-    def after_update(self, optimiser: torch.optim.Optimizer, step: int, generator: torch.Generator) -> dict[str, float]:
+    def after_update(self, update: Update) -> dict[str, float]:
         self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
         return {}
 

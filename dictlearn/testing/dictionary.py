@@ -18,7 +18,7 @@ from torch import Tensor
 
 from activation_store.errors import UserError
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.base import Dictionary, Update
 from dictlearn.dictionaries.files import load, save
 
 
@@ -66,12 +66,13 @@ class DictionaryTests:
         parameters = [p for p in dictionary.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(parameters, lr=1e-2)
         for step in range(updates):
+            dictionary.schedule(step, updates)
             optimiser.zero_grad()
             loss = dictionary.loss(x, target)
             loss.total.backward()
             dictionary.project_gradients()
             optimiser.step()
-            dictionary.after_update(optimiser, step, generator)
+            dictionary.after_update(Update(optimiser, step, updates, generator, x, target, loss))
             dictionary.observe(loss.codes)
         return dictionary
 

@@ -24,7 +24,7 @@ from activation_store.seeds import derive_seed
 from activation_store.source import ActivationSource
 from activation_store.store import Store
 from dictlearn.dictionaries import dictionary_class
-from dictlearn.dictionaries.base import Dictionary, Loss
+from dictlearn.dictionaries.base import Dictionary, Loss, Update
 from dictlearn.dictionaries.files import save
 from dictlearn.training.command import OptimiserConfig, TrainConfig, config_to_dict
 from dictlearn.workspace import RunFiles
@@ -107,6 +107,7 @@ def train(
             rows = next(batches)
             x, target = rows[config.hook], rows.get(config.target_hook or "")
             set_learning_rate(optimiser, config, state.step, steps)
+            dictionary.schedule(state.step, steps)
             loss = dictionary.loss(x, target)
             refuse_nonfinite(loss, state.step, config.name)
             optimiser.zero_grad(set_to_none=True)
@@ -114,7 +115,7 @@ def train(
             dictionary.project_gradients()
             gradient_norm = clip(dictionary, config.optimiser)
             optimiser.step()
-            extras = dictionary.after_update(optimiser, state.step, state.generator)
+            extras = dictionary.after_update(Update(optimiser, state.step, steps, state.generator, x, target, loss))
             dictionary.observe(loss.codes)
             state.step += 1
 

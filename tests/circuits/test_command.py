@@ -168,6 +168,8 @@ def test_tokens_read_as_text(shared) -> None:
 
 def fit(transcoder, inputs, targets, steps: int = 120) -> None:
     """A quick fit: enough that its features beat those of an untrained one."""
+    from dictlearn.dictionaries.base import Update
+
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in (transcoder.W_enc, transcoder.W_dec):
@@ -176,12 +178,12 @@ def fit(transcoder, inputs, targets, steps: int = 120) -> None:
         transcoder.b_enc.copy_(-transcoder.W_enc @ inputs.mean(dim=0))
         transcoder.b_dec.copy_(targets.mean(dim=0))
     optimiser = torch.optim.Adam(transcoder.parameters(), lr=3e-3)
-    for _ in range(steps):
+    for step in range(steps):
         loss = transcoder.loss(inputs, targets)
         optimiser.zero_grad()
         loss.total.backward()
         optimiser.step()
-        transcoder.after_update(optimiser, 0, generator)
+        transcoder.after_update(Update(optimiser, step, steps, generator, inputs, targets, loss))
 
 
 @pytest.mark.filterwarnings("ignore")

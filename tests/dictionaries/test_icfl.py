@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
+from dictlearn.dictionaries.base import Update
 from dictlearn.dictionaries.configs import ICFLConfig
 from dictlearn.dictionaries.icfl import ICFL, RIDGE, whitening
 from dictlearn.testing.dictionary import DictionaryTests
@@ -67,12 +68,15 @@ class TestICFL(DictionaryTests):
     def test_close_atoms_are_redrawn_and_their_moments_forgotten(self):
         dictionary = self.trained(False, updates=2)
         optimiser = torch.optim.Adam([dictionary.atoms], lr=0.0)
-        dictionary.loss(self.data(False)[0]).total.backward()
+        x = self.data(False)[0]
+        loss = dictionary.loss(x)
+        loss.total.backward()
         optimiser.step()
         with torch.no_grad():
             dictionary.atoms[7] = 2 * dictionary.atoms[3]
         kept = dictionary.atoms[3].clone()
-        said = dictionary.after_update(optimiser, 2, torch.Generator().manual_seed(1))
+        update = Update(optimiser, 2, 3, torch.Generator().manual_seed(1), x, None, loss)
+        said = dictionary.after_update(update)
         assert said["resets"] >= 1
         assert torch.equal(dictionary.atoms[3], kept)
         assert torch.cosine_similarity(dictionary.atoms[3], dictionary.atoms[7], dim=0) < 0.9
