@@ -41,8 +41,8 @@ class TopK(Dictionary):
         """Whether b_pre is b_dec: true while an autoencoder trains, false for transcoders and for anything folded."""
 
     def encode(self, x: Tensor) -> Codes:
-        values_BK, indices_BK = ops.encode_topk(x / self.input_scale, self.W_enc, self._encoder_bias(), self.config.k)
-        return Codes(indices_BK, values_BK, self.d_sae)
+        codes = ops.encode_topk(x / self.input_scale, self.W_enc, self.b_enc, self.config.k, self._pre_bias())
+        return Codes(codes.indices, codes.values, self.d_sae)
 
     def decode(self, codes: Codes) -> Tensor:
         return (ops.decode(codes.values, codes.indices, self.W_dec) + self.b_dec) * self.target_scale
@@ -50,20 +50,24 @@ class TopK(Dictionary):
     def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
         x_BD = x / self.input_scale
         target_BO = x_BD if target is None else target / self.target_scale
-        bias_S = self._encoder_bias()
-        values_BK, indices_BK = ops.encode_topk(x_BD, self.W_enc, bias_S, self.config.k)
-        output_BO = ops.decode(values_BK, indices_BK, self.W_dec) + self.b_dec
+        dead_S = self.rows_since_fired > self.config.dead_after_rows
+        revive = self.config.auxk_weight > 0 and ops.anywhere(dead_S)
+        dead_A = ops.latents_where(dead_S) if revive else None
+        values_BK, indices_BK, dead_pre_BA = ops.encode_topk(
+            x_BD, self.W_enc, self.b_enc, self.config.k, self._pre_bias(), dead_A
+        )
+        if dead_A is None or dead_pre_BA is None:
+            rebuilt_BO = ops.decode(values_BK, indices_BK, self.W_dec)
+        else:
+            dead_BA = ops.keep_topk(dead_pre_BA, self.config.k_aux or max(1, self.d_in // 2))
+            rebuilt_BO, revived_BO = ops.decode_also(values_BK, indices_BK, self.W_dec, dead_BA, dead_A)
+        output_BO = rebuilt_BO + self.b_dec
         error_BO = target_BO - output_BO
         mse = error_BO.square().mean()
         terms, total = {"mse": mse.detach()}, mse
-
-        dead_S = self.rows_since_fired > self.config.dead_after_rows
-        if self.config.auxk_weight > 0 and dead_S.any():
-            k_aux = self.config.k_aux or max(1, self.d_in // 2)
-            dead_values, dead_indices = ops.encode_topk_among(x_BD, self.W_enc, bias_S, k_aux, dead_S)
+        if revive:
             residual_BO = error_BO.detach()
-            miss_BO = residual_BO - ops.decode(dead_values, dead_indices, self.W_dec)
-            auxk = miss_BO.square().sum() / residual_BO.square().sum().clamp_min(1e-12)
+            auxk = (residual_BO - revived_BO).square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(1e-12)
             terms["auxk"] = auxk.detach()
             total = total + self.config.auxk_weight * auxk
         codes = Codes(indices_BK, values_BK.detach(), self.d_sae)
@@ -114,7 +118,8 @@ class TopK(Dictionary):
     def fold(self) -> Self:
         folded = self.copy()
         folded.W_enc.mul_(self.target_scale / self.input_scale)
-        folded.b_enc.copy_(self._encoder_bias() * self.target_scale)
+        bias_S = self.b_enc - self.W_enc @ self.b_dec if self.subtracts_b_dec else self.b_enc
+        folded.b_enc.copy_(bias_S * self.target_scale)
         folded.b_dec.mul_(self.target_scale)
         folded.input_scale.fill_(1)
         folded.target_scale.fill_(1)
@@ -127,7 +132,7 @@ class TopK(Dictionary):
         A row's examples overlap, so that k of them at full strength overshoot ten times, and the steps that repair it
         silence many latents for good.
         """
-        values_BK, indices_BK = ops.encode_topk(x, self.W_enc, self.b_enc, self.config.k)
+        values_BK, indices_BK, _ = ops.encode_topk(x, self.W_enc, self.b_enc, self.config.k)
         output_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         energy = output_BO.square().sum()
         fit = (output_BO * (target - self.b_dec)).sum() / energy.clamp_min(1e-12)
@@ -135,9 +140,9 @@ class TopK(Dictionary):
             self.W_enc.mul_(fit)
             self.b_enc.mul_(fit)
 
-    def _encoder_bias(self) -> Tensor:
-        """b_enc with the pre-bias inside; the gradient reaches b_dec by one matrix-vector product, not B of them."""
-        return self.b_enc - self.W_enc @ self.b_dec if self.subtracts_b_dec else self.b_enc
+    def _pre_bias(self) -> Tensor | None:
+        """What is subtracted from the input before it is encoded."""
+        return self.b_dec if self.subtracts_b_dec else None
 
 
 EXAMPLE_SHARE = 0.8

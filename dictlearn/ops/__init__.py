@@ -1,45 +1,130 @@
 """The inner operations of k-sparse dictionaries: one interface, one reference, and the choice between backends.
 
-    encode_topk(x, W_enc, b_enc, k)              -> values (B, K), indices (B, K)
-    encode_topk_among(x, W_enc, b_enc, k, among) -> the same, choosing only where the mask ``among`` (S,) is true
+    encode_topk(x, W_enc, b_enc, k, b_pre, also) -> TopKCodes: values (B, K), indices (B, K), also (B, A)
+    keep_topk(pre (B, A), k)                     -> (B, A), the k largest of each row through a ReLU, zeros elsewhere
     decode(values, indices, W_dec)               -> (B, d_out)
+    decode_also(values, indices, W_dec, also (B, A), latents (A,)) -> the same, and also @ W_dec[latents]
 
-``set_backend("reference")`` forces the dense reference; "portable" (the default) is the sparse path that runs
-everywhere. Every backend gives the reference's outputs and gradients up to the order of floating-point sums.
+What ``also`` is for: AuxK wants the pre-activations of the dead latents, densely. They come out of the encoder's one
+matrix product, and their gradients go into the one buffer that the selected latents' gradients go into.
+
+``set_backend("reference")`` forces the dense reference; "portable" is the sparse path that runs everywhere; "auto", the
+default, takes the fastest there is for the device. Every backend gives the reference's outputs and gradients up to the
+order of floating-point sums. `dictlearn.ops.ranks` puts the same operations over several processes.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dictlearn.ops import portable, reference
+from dictlearn.ops.ranks import OneProcess, Ranks
+from dictlearn.ops.reference import TopKCodes
 
-BACKENDS: dict[str, ModuleType] = {"portable": portable, "reference": reference}
-_backend: ModuleType = portable
+__all__ = [
+    "BACKENDS",
+    "TopKCodes",
+    "anywhere",
+    "backend",
+    "decode",
+    "decode_also",
+    "encode_topk",
+    "keep_topk",
+    "latents_where",
+    "mean_over_rows",
+    "ranks",
+    "set_backend",
+    "total_over_latents",
+    "use_ranks",
+]
+
+
+class Backend(Protocol):
+    """What a module of this room has to offer; `dictlearn.ops.reference` says what each function means."""
+
+    def encode_topk(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, also: Tensor | None
+    ) -> TopKCodes: ...
+
+    def keep_topk(self, pre: Tensor, k: int) -> Tensor: ...
+
+    def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor: ...
+
+    def decode_also(
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, also: Tensor, latents: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+BACKENDS: dict[str, Backend] = {"portable": portable, "reference": reference}
+_forced: str | None = None
+_ranks: Ranks = OneProcess()
 
 
 def set_backend(name: str) -> None:
-    """Use one backend for every following call. Raises ValueError naming those there are."""
-    global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"There is no ops backend {name!r}; choose one of {', '.join(BACKENDS)}.")
-    _backend = BACKENDS[name]
+    """Use one backend for every following call; "auto" lets the device decide. ValueError names those there are."""
+    global _forced
+    if name not in BACKENDS and name != "auto":
+        raise ValueError(f"There is no ops backend {name!r}; choose one of auto, {', '.join(BACKENDS)}.")
+    _forced = None if name == "auto" else name
 
 
-def backend() -> str:
-    """The name of the backend in use."""
-    return next(name for name, module in BACKENDS.items() if module is _backend)
+def backend(device: str | torch.device = "cpu") -> str:
+    """The name of the backend in use for tensors on ``device``."""
+    return _forced or "portable"
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return _backend.encode_topk(x, W_enc, b_enc, k)
+def use_ranks(ranks: Ranks | None) -> None:
+    """Put every following call over the processes of ``ranks``; None takes it back."""
+    global _ranks
+    _ranks = ranks or OneProcess()
 
 
-def encode_topk_among(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
-    return _backend.encode_topk_among(x, W_enc, b_enc, k, among)
+def ranks() -> Ranks:
+    """The processes that rows and latents are spread over."""
+    return _ranks
+
+
+def _backend(x: Tensor) -> Backend:
+    return BACKENDS[backend(x.device)]
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None = None, also: Tensor | None = None
+) -> TopKCodes:
+    return _ranks.encode_topk(_backend(x), x, W_enc, b_enc, k, b_pre, also)
+
+
+def keep_topk(pre: Tensor, k: int) -> Tensor:
+    return _ranks.keep_topk(_backend(pre), pre, k)
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    return _backend.decode(values, indices, W_dec)
+    return _ranks.total(_backend(values).decode(values, indices, W_dec))
+
+
+def decode_also(values: Tensor, indices: Tensor, W_dec: Tensor, also: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    output, output_also = _backend(values).decode_also(values, indices, W_dec, also, latents)
+    return _ranks.total(output), _ranks.total(output_also)
+
+
+def latents_where(mask: Tensor) -> Tensor:
+    """(A,) int64: the numbers of the latents, on this rank, where the mask (S,) is true, ascending."""
+    return mask.nonzero().squeeze(1)
+
+
+def anywhere(mask: Tensor) -> bool:
+    """Whether a mask over latents is true anywhere, on any rank: all ranks must take the same branch."""
+    return _ranks.anywhere(mask)
+
+
+def mean_over_rows(scalar: Tensor) -> Tensor:
+    """A detached mean over this rank's rows, made one over the whole batch."""
+    return _ranks.mean_over_rows(scalar)
+
+
+def total_over_latents(count: Tensor) -> Tensor:
+    """A detached sum over this rank's latents, made one over all of them."""
+    return _ranks.total_over_latents(count)

@@ -1,52 +1,207 @@
 """The sparse path in plain PyTorch: exact, deterministic, on any device. No [B*K, D] temporary, no dense gradient GEMM.
 
-The encoder's GEMM and the selection are dense; everything after them touches only the B*K selected pairs:
+The encoder's GEMM and the selection are dense, in blocks of rows over one reused buffer, so that the (B, S) matrix of
+pre-activations never exists; everything after them touches only the B*K selected pairs:
 
 * decode is an embedding bag over decoder rows;
 * the gradient of a value is a sampled product, one dot product per selected pair;
 * both weight gradients are the *reversed* embedding bag: the latents are the bags and the rows of the batch are what
-  is summed, after one sort of the B*K latent numbers. No atomics, hence deterministic.
+  is summed, after one sort of the B*K latent numbers. No atomics, hence deterministic;
+* the gradient of the pre-bias is one matrix-vector product with the summed gradients of the pre-activations;
+* the latents looked at besides (AuxK's dead ones) are small dense products that end in the same gradient buffers.
 
-Axes: B rows, D input width, O output width, S latents, K active per row.
+Axes: B rows, D input width, O output width, S latents, K active per row, A latents looked at besides.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dictlearn.ops.reference import TopKCodes
+
+# torch says once that CSR tensors are in beta; the one documented function of them used here is stable
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+
+BUFFER_ELEMENTS = 2**23
+"""Pre-activations that are there at once on a CPU (32 MB of float32): 1024 rows of 8192 latents, from where on a matrix
+product is as fast as over the whole batch."""
 
 
-def encode_topk(x_BD: Tensor, W_enc_SD: Tensor, b_enc_S: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def encode_topk(
+    x_BD: Tensor,
+    W_enc_SD: Tensor,
+    b_enc_S: Tensor,
+    k: int,
+    b_pre_D: Tensor | None = None,
+    also_A: Tensor | None = None,
+) -> TopKCodes:
     """See `dictlearn.ops.reference.encode_topk`."""
+    return TopKCodes(*_EncodeTopK.apply(x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A))
+
+
+def keep_topk(pre_BA: Tensor, k: int) -> Tensor:
+    """See `dictlearn.ops.reference.keep_topk`."""
+    if k >= pre_BA.shape[1]:
+        return pre_BA.relu()
     with torch.no_grad():
-        pre_BS = torch.addmm(b_enc_S, x_BD, W_enc_SD.T)
-        top_BK, indices_BK = pre_BS.topk(k, dim=1, sorted=False)
-        top_BK = top_BK.relu_()
-    return _SelectedActivations.apply(x_BD, W_enc_SD, b_enc_S, top_BK, indices_BK), indices_BK
+        places_BK = pre_BA.topk(k, dim=1, sorted=False).indices
+        kept_BA = torch.zeros_like(pre_BA, dtype=torch.bool).scatter_(1, places_BK, True).logical_and_(pre_BA > 0)
+    return pre_BA * kept_BA
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
     """See `dictlearn.ops.reference.decode`."""
-    return _Decode.apply(values_BK, indices_BK, W_dec_SO)
+    return _Decode.apply(values_BK, indices_BK, W_dec_SO, None, None)[0]
 
 
-def encode_topk_among(
-    x_BD: Tensor, W_enc_SD: Tensor, b_enc_S: Tensor, k: int, among_S: Tensor
+def decode_also(
+    values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor, also_BA: Tensor, latents_A: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `dictlearn.ops.reference.encode_topk_among`: dense algebra, but only over the chosen sub-dictionary."""
-    among = among_S.nonzero().squeeze(1)
-    pre_BA = F.linear(x_BD, W_enc_SD[among], b_enc_S[among])
-    values_BK, position_BK = pre_BA.topk(min(k, len(among)), dim=1, sorted=False)
-    return values_BK.relu(), among[position_BK]
+    """See `dictlearn.ops.reference.decode_also`."""
+    return _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+
+
+class _EncodeTopK(torch.autograd.Function):
+    """One dense product forward; backward reaches x, W_enc, b_enc and b_pre through the selected pairs alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        W_enc_SD: Tensor,
+        b_enc_S: Tensor,
+        k: int,
+        b_pre_D: Tensor | None,
+        also_A: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        centred_BD = x_BD if b_pre_D is None else x_BD - b_pre_D
+        values_BK, indices_BK, also_BA = _select(centred_BD, W_enc_SD, b_enc_S, k, also_A)
+        ctx.save_for_backward(centred_BD, W_enc_SD, values_BK, indices_BK, also_A)
+        ctx.has_pre_bias = b_pre_D is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(indices_BK)
+        return values_BK, indices_BK, also_BA
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BK: Tensor | None, _: None, grad_also_BA: Tensor | None) -> tuple[Tensor | None, ...]:
+        centred_BD, W_enc_SD, values_BK, indices_BK, also_A = ctx.saved_tensors
+        if grad_BK is None and grad_also_BA is None:
+            return (None,) * 6
+        grad_BK = torch.zeros_like(values_BK) if grad_BK is None else grad_BK * (values_BK > 0)
+        bags = _bags(indices_BK, len(W_enc_SD))
+        grad_x = _bag_rows(indices_BK, grad_BK, W_enc_SD) if ctx.needs_input_grad[0] else None
+        grad_W = _sum_by_latent(bags, grad_BK, centred_BD) if ctx.needs_input_grad[1] else None
+        grad_b = _sum_by_latent(bags, grad_BK, centred_BD.new_ones(len(centred_BD), 1)).squeeze(1)
+        if grad_also_BA is not None:
+            grad_b.index_add_(0, also_A, grad_also_BA.sum(dim=0))
+            if grad_W is not None:
+                grad_W.index_add_(0, also_A, grad_also_BA.T @ centred_BD)
+            if grad_x is not None:
+                grad_x.addmm_(grad_also_BA, W_enc_SD[also_A])
+        # each row's gradient with respect to b_pre is minus that with respect to x: sum before the product, not after
+        grad_pre = -(grad_b @ W_enc_SD) if ctx.has_pre_bias else None
+        return grad_x, grad_W, grad_b, None, grad_pre, None
+
+
+class _Decode(torch.autograd.Function):
+    """Embedding bag with the reversed embedding bag as the weight's gradient, and a dense product beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        W_dec_SO: Tensor,
+        also_BA: Tensor | None,
+        latents_A: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+        ctx.set_materialize_grads(False)
+        output_also = None if also_BA is None or latents_A is None else also_BA @ W_dec_SO[latents_A]
+        return _bag_rows(indices_BK, values_BK, W_dec_SO), output_also
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BO: Tensor | None, grad_also_BO: Tensor | None) -> tuple[Tensor | None, ...]:
+        values_BK, indices_BK, W_dec_SO, also_BA, latents_A = ctx.saved_tensors
+        grad_values = grad_W = grad_also = None
+        if grad_BO is not None:
+            grad_BO = grad_BO.contiguous()
+            if ctx.needs_input_grad[0]:
+                grad_values = _pair_products(grad_BO, W_dec_SO, indices_BK)
+            if ctx.needs_input_grad[2]:
+                grad_W = _sum_by_latent(_bags(indices_BK, len(W_dec_SO)), values_BK, grad_BO)
+        if grad_also_BO is not None:
+            if ctx.needs_input_grad[2]:
+                grad_W = torch.zeros_like(W_dec_SO) if grad_W is None else grad_W
+                grad_W.index_add_(0, latents_A, also_BA.T @ grad_also_BO)
+            if ctx.needs_input_grad[3]:
+                grad_also = grad_also_BO @ W_dec_SO[latents_A].T
+        return grad_values, None, grad_W, grad_also, None
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def _select(
+    x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int, also_A: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values through a ReLU, indices, and the pre-activations of the latents asked for besides."""
+    dtype = x_BD.dtype
+    if torch.is_autocast_enabled(x_BD.device.type):
+        low = torch.get_autocast_dtype(x_BD.device.type)
+        x_BD, W_SD, b_S = x_BD.to(low), W_SD.to(low), b_S.to(low)
+    B, S = len(x_BD), len(W_SD)
+    block = B if x_BD.device.type != "cpu" else min(B, max(256, BUFFER_ELEMENTS // S))
+    values_BK = x_BD.new_empty(B, k, dtype=dtype)
+    indices_BK = x_BD.new_empty(B, k, dtype=torch.int64)
+    also_BA = None if also_A is None else x_BD.new_empty(B, len(also_A), dtype=dtype)
+    with torch.autocast(x_BD.device.type, enabled=False):
+        buffer = _buffer(block, S, x_BD)
+        for start in range(0, B, block):
+            rows = slice(start, min(start + block, B))
+            pre_bS = torch.addmm(b_S, x_BD[rows], W_SD.T, out=buffer[: rows.stop - start])
+            top_bK, indices_BK[rows] = pre_bS.topk(k, dim=1, sorted=False)
+            values_BK[rows] = top_bK.relu_()
+            if also_A is not None and also_BA is not None:
+                also_BA[rows] = pre_bS.index_select(1, also_A)
+    return values_BK, indices_BK, also_BA
+
+
+_reused = threading.local()
+
+
+def _buffer(rows: int, S: int, like: Tensor) -> Tensor:
+    """(rows, S), reused by the next call of this thread: fresh memory costs a page fault every 4 kB."""
+    if like.device.type != "cpu":
+        return like.new_empty(rows, S)
+    kept: Tensor | None = getattr(_reused, "buffer", None)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < rows * S:
+        kept = _reused.buffer = like.new_empty(rows * S)
+    return kept[: rows * S].view(rows, S)
+
+
+def _bag_rows(indices_BK: Tensor, weights_BK: Tensor, W_SO: Tensor) -> Tensor:
+    """(B, O): for each row the weighted sum of the rows of W that it names."""
+    return F.embedding_bag(indices_BK, W_SO, mode="sum", per_sample_weights=weights_BK.to(W_SO.dtype))
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
 
 
 def _bags(indices_BK: Tensor, latents: int) -> tuple[Tensor, Tensor]:
     """The B*K pairs sorted by latent, as ``(order (B*K,), offsets (S,))``: bag s holds the pairs that selected s."""
-    sorted_latents, order = indices_BK.reshape(-1).sort(stable=True)
+    keys = indices_BK.reshape(-1)
+    # a radix sort of half as many bytes
+    sorted_latents, order = (keys.to(torch.int32) if latents < 2**31 else keys).sort(stable=True)
     counts_S = torch.bincount(sorted_latents, minlength=latents)
     return order, counts_S.cumsum(0) - counts_S
 
@@ -54,7 +209,7 @@ def _bags(indices_BK: Tensor, latents: int) -> tuple[Tensor, Tensor]:
 def _sum_by_latent(bags: tuple[Tensor, Tensor], values_BK: Tensor, rows_BD: Tensor) -> Tensor:
     """(S, D): for each latent, the sum over its pairs of value times row. The reversed embedding bag."""
     order, offsets_S = bags
-    weights = values_BK.reshape(-1)[order]
+    weights = values_BK.reshape(-1)[order].to(rows_BD.dtype)
     return F.embedding_bag(order // values_BK.shape[1], rows_BD, offsets_S, mode="sum", per_sample_weights=weights)
 
 
@@ -63,56 +218,11 @@ def _pair_products(rows_BO: Tensor, W_SO: Tensor, indices_BK: Tensor) -> Tensor:
     B, K = indices_BK.shape
     if rows_BO.device.type != "cpu" or rows_BO.dtype not in (torch.float32, torch.float64):
         return torch.einsum("bo,bko->bk", rows_BO, F.embedding(indices_BK, W_SO))
-    columns_BK, order_BK = indices_BK.sort(dim=1)
-    with warnings.catch_warnings():
-        # torch prints once that CSR tensors are in beta; this one documented function of them is stable
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        pattern = torch.sparse_csr_tensor(
-            torch.arange(0, B * K + 1, K),
-            columns_BK.reshape(-1),
-            rows_BO.new_zeros(B * K),
-            (B, len(W_SO)),
-            check_invariants=False,
-        )
-        products = torch.sparse.sampled_addmm(pattern, rows_BO, W_SO.T, beta=0.0).values().view(B, K)
-    return torch.empty_like(products).scatter_(1, order_BK, products)
-
-
-class _SelectedActivations(torch.autograd.Function):
-    """ReLU'd pre-activations at the selected pairs, already computed; backward reaches x, W_enc and b_enc."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_BD: Tensor, W_enc_SD: Tensor, b_enc_S: Tensor, values_BK: Tensor, indices_BK: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x_BD, W_enc_SD, values_BK, indices_BK)
-        return values_BK.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, W_enc_SD, values_BK, indices_BK = ctx.saved_tensors
-        grad_BK = grad_BK * (values_BK > 0)
-        grad_x = decode(grad_BK, indices_BK, W_enc_SD) if ctx.needs_input_grad[0] else None
-        bags = _bags(indices_BK, len(W_enc_SD))
-        grad_W = _sum_by_latent(bags, grad_BK, x_BD) if ctx.needs_input_grad[1] else None
-        grad_b = _sum_by_latent(bags, grad_BK, x_BD.new_ones(len(x_BD), 1)).squeeze(1)
-        return grad_x, grad_W, grad_b, None, None
-
-
-class _Decode(torch.autograd.Function):
-    """Embedding bag with the reversed embedding bag as the weight's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
-        ctx.save_for_backward(values_BK, indices_BK, W_dec_SO)
-        return F.embedding_bag(indices_BK, W_dec_SO, mode="sum", per_sample_weights=values_BK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        values_BK, indices_BK, W_dec_SO = ctx.saved_tensors
-        grad_BO = grad_BO.contiguous()
-        grad_values = _pair_products(grad_BO, W_dec_SO, indices_BK) if ctx.needs_input_grad[0] else None
-        grad_W = None
-        if ctx.needs_input_grad[2]:
-            grad_W = _sum_by_latent(_bags(indices_BK, len(W_dec_SO)), values_BK, grad_BO)
-        return grad_values, None, grad_W
+    pattern = torch.sparse_csr_tensor(
+        torch.arange(0, B * K + 1, K),
+        indices_BK.reshape(-1),
+        rows_BO.new_zeros(B * K),
+        (B, len(W_SO)),
+        check_invariants=False,
+    )
+    return torch.sparse.sampled_addmm(pattern, rows_BO, W_SO.T, beta=0.0).values().view(B, K)

@@ -1,0 +1,186 @@
+"""The operations over several processes: each rank holds some of the rows of a batch, or some of the latents.
+
+Rows are easy: a loss is a mean over rows, so gradients are averaged after the backward pass, and only normalisers need
+to be averaged before (`mean_over_rows`). Latents are exact too: a latent among the k largest of all is among the k
+largest of its own rank, so every rank offers its k candidates, all see all candidates, and each keeps those of its own
+that are among the k largest. Decoded parts add up.
+
+Axes: B rows, D input width, S latents on this rank, K slots, A latents looked at besides, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dictlearn.ops.reference import TopKCodes
+
+if TYPE_CHECKING:
+    from dictlearn.ops import Backend
+
+
+class Ranks(Protocol):
+    """How rows and latents are spread over processes."""
+
+    def encode_topk(
+        self,
+        backend: Backend,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_pre: Tensor | None,
+        also: Tensor | None,
+    ) -> TopKCodes: ...
+
+    def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor: ...
+
+    def total(self, part: Tensor) -> Tensor: ...
+
+    def anywhere(self, mask: Tensor) -> bool: ...
+
+    def mean_over_rows(self, scalar: Tensor) -> Tensor: ...
+
+    def total_over_latents(self, count: Tensor) -> Tensor: ...
+
+
+class OneProcess:
+    """All rows and all latents are here."""
+
+    def encode_topk(
+        self,
+        backend: Backend,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_pre: Tensor | None,
+        also: Tensor | None,
+    ) -> TopKCodes:
+        return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also)
+
+    def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor:
+        return backend.keep_topk(pre, k)
+
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+    def anywhere(self, mask: Tensor) -> bool:
+        return bool(mask.any())
+
+    def mean_over_rows(self, scalar: Tensor) -> Tensor:
+        return scalar
+
+    def total_over_latents(self, count: Tensor) -> Tensor:
+        return count
+
+
+class ProcessMesh:
+    """Ranks of torch.distributed: rows spread over ``data``, latents over ``latents``; a group of one splits nothing.
+
+    Every rank must make the same calls in the same order.
+    """
+
+    def __init__(self, data: dist.ProcessGroup, latents: dist.ProcessGroup) -> None:
+        self.data = data
+        self.latents = latents
+        self.latent_parts = latents.size()
+
+    def encode_topk(
+        self,
+        backend: Backend,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_pre: Tensor | None,
+        also: Tensor | None,
+    ) -> TopKCodes:
+        if self.latent_parts == 1:
+            return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also)
+        x, b_pre = self._shared(x), None if b_pre is None else self._shared(b_pre)
+        codes = backend.encode_topk(x, W_enc, b_enc, min(k, len(W_enc)), b_pre, also)
+        return codes._replace(values=codes.values * self._among_the_largest(codes.values, k))
+
+    def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor:
+        kept_BA = backend.keep_topk(pre, k)
+        if self.latent_parts == 1:
+            return kept_BA
+        values_BK, places_BK = kept_BA.detach().topk(min(k, kept_BA.shape[1]), dim=1, sorted=False)
+        mask_BK = self._among_the_largest(values_BK, k)
+        return kept_BA * torch.zeros_like(kept_BA).scatter(1, places_BK, mask_BK.to(kept_BA.dtype))
+
+    def total(self, part: Tensor) -> Tensor:
+        return _Total.apply(part, self.latents) if self.latent_parts > 1 else part
+
+    def anywhere(self, mask: Tensor) -> bool:
+        found = mask.any().to(torch.int32)
+        if self.latent_parts > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.latents)
+        return bool(found)
+
+    def mean_over_rows(self, scalar: Tensor) -> Tensor:
+        if self.data.size() == 1:
+            return scalar
+        total = scalar.detach().clone()
+        dist.all_reduce(total, group=self.data)
+        return total / self.data.size()
+
+    def total_over_latents(self, count: Tensor) -> Tensor:
+        if self.latent_parts == 1:
+            return count
+        total = count.detach().clone()
+        dist.all_reduce(total, group=self.latents)
+        return total
+
+    def _shared(self, tensor: Tensor) -> Tensor:
+        """A tensor that is the same on all latent ranks: its gradient is the sum of theirs."""
+        return _SumOfGradients.apply(tensor, self.latents) if tensor.requires_grad else tensor
+
+    @torch.no_grad()
+    def _among_the_largest(self, values_BK: Tensor, k: int) -> Tensor:
+        """(B, K) bool: which of this rank's candidates are among the k largest of all ranks'. Candidates are not
+        negative; a rank with fewer than k offers zeros, which mean nothing where they are chosen."""
+        B, offered = values_BK.shape
+        mine_Bk = values_BK.new_zeros(B, k)
+        mine_Bk[:, :offered] = values_BK
+        all_ranks = [torch.empty_like(mine_Bk) for _ in range(self.latent_parts)]
+        dist.all_gather(all_ranks, mine_Bk, group=self.latents)
+        candidates = torch.cat(all_ranks, dim=1)
+        # all ranks sort the same numbers, so that all make the same choice among those that tie
+        chosen_Bk = candidates.topk(k, dim=1, sorted=False).indices
+        first = dist.get_rank(self.latents) * k
+        mask = torch.zeros(candidates.shape, dtype=torch.bool, device=values_BK.device)
+        return mask.scatter_(1, chosen_Bk, True)[:, first : first + offered]
+
+
+class _Total(torch.autograd.Function):
+    """Sum over ranks; what follows is the same on every rank, so a part's gradient is the sum's."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """The identity; gradients are summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
