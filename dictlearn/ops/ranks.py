@@ -10,6 +10,7 @@ Axes: B rows, D input width, S latents on this rank, K slots, A latents looked a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -46,6 +47,12 @@ class Ranks(Protocol):
 
     def total_over_latents(self, count: Tensor) -> Tensor: ...
 
+    def total_rows(self, rows: int) -> int: ...
+
+    def anywhere_in_batch(self, mask: Tensor) -> Tensor: ...
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None: ...
+
 
 class OneProcess:
     """All rows and all latents are here."""
@@ -76,6 +83,15 @@ class OneProcess:
 
     def total_over_latents(self, count: Tensor) -> Tensor:
         return count
+
+    def total_rows(self, rows: int) -> int:
+        return rows
+
+    def anywhere_in_batch(self, mask: Tensor) -> Tensor:
+        return mask
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        pass
 
 
 class ProcessMesh:
@@ -135,6 +151,26 @@ class ProcessMesh:
         total = count.detach().clone()
         dist.all_reduce(total, group=self.latents)
         return total
+
+    def total_rows(self, rows: int) -> int:
+        """Rows of the whole batch: all ranks have equally many."""
+        return rows * self.data.size()
+
+    def anywhere_in_batch(self, mask: Tensor) -> Tensor:
+        """A mask over this rank's latents, true where it is on any rank that holds the same latents."""
+        if self.data.size() == 1:
+            return mask
+        found = mask.to(torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.data)
+        return found.bool()
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Over the ranks that share a batch; a parameter without a gradient has none on any of them."""
+        if self.data.size() > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad, group=self.data)
+                    parameter.grad /= self.data.size()
 
     def _shared(self, tensor: Tensor) -> Tensor:
         """A tensor that is the same on all latent ranks: its gradient is the sum of theirs."""
