@@ -1,7 +1,8 @@
 """The workspace: a folder that holds what belongs together. This file alone names what is in it.
 
     stores/<name>.zarr      activation stores
-    runs/<name>/            config.yaml, metrics.jsonl, checkpoint.pt, dictionary/, evaluation.json
+    runs/<name>/            config.yaml, metrics.jsonl, checkpoint.pt, dictionary/, evaluation.json, and when asked for
+                            tensorboard/, wandb/ and wandb_id.txt
     indexes/<name>.zarr     feature indexes
     graphs/<name>.json      attribution graphs
     notes.sqlite            what a person wrote about features
@@ -43,6 +44,15 @@ class RunFiles:
         return self.folder / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The id under which Weights & Biases knows the run; its own files are in wandb/ beside this."""
+        return self.folder / "wandb_id.txt"
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
@@ -55,11 +65,11 @@ class RunFiles:
         return self.folder / "evaluation.json"
 
     def last_metrics(self) -> dict[str, Any]:
-        """The last whole line of metrics.jsonl; empty before the first."""
+        """The last whole line of metrics.jsonl, without values that were not finite; empty before the first."""
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         for line in reversed(lines):
             try:
-                return dict(json.loads(line))
+                return {name: value for name, value in json.loads(line).items() if value is not None}
             except ValueError:  # the line that a kill cut in half
                 continue
         return {}

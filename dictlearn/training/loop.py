@@ -8,7 +8,6 @@ and the metrics file is cut back to it.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.base import Dictionary, Loss, Update
 from dictlearn.dictionaries.files import save
 from dictlearn.training.command import OptimiserConfig, TrainConfig, config_to_dict
+from dictlearn.training.records import open_record
 from dictlearn.workspace import RunFiles
 
 INITIAL_ROWS = 16_384
@@ -93,11 +93,10 @@ def train(
     state = build(config, loader, control)
     if files.checkpoint.exists():
         state.load(files)
-    cut_back(files, state.step)
 
     dictionary, optimiser = state.dictionary, state.optimiser
     with (
-        files.metrics.open("a") as metrics,
+        open_record(files, state.step, tensorboard=False, wandb=None, config=config_to_dict(config)) as record,
         progress.task(f"training {config.name}", total=steps * config.batch_size, unit="tokens") as task,
     ):
         task.advance(state.step * config.batch_size)
@@ -126,8 +125,7 @@ def train(
                 line["wall_tokens_per_second"] = (
                     (state.step - first_step) * config.batch_size / max(line["wall_seconds"], 1e-9)
                 )
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
+                record.write(line)
                 task.advance(0, loss=line["loss"], FVU=line["fvu"], L0=line["l0"], dead=line["dead_share"])
             if state.step % config.checkpoint_every == 0 and state.step < steps:
                 state.save(files)
@@ -250,19 +248,3 @@ def measure(state: TrainState, config: TrainConfig[Any], loss: Loss, target: Ten
         "dead_share": float((state.dictionary.rows_since_fired > dead_after).float().mean()),
         "learning_rate": state.optimiser.param_groups[0]["lr"],
     }
-
-
-def cut_back(files: RunFiles, step: int) -> None:
-    """Drop the metrics of steps that will be taken again."""
-    if not files.metrics.exists():
-        return
-    kept = []
-    for line in files.metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # the line a kill cut in half
-            break
-    temporary = files.metrics.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, files.metrics)
