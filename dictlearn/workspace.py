@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.errors import UserError
+from activation_store.ownership import is_owned
 from activation_store.place import is_url
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -53,6 +54,11 @@ class RunFiles:
         return self.folder / "wandb_id.txt"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that trains the run; left behind, without its holder, by a kill."""
+        return self.folder / "training.lock"
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
@@ -63,6 +69,10 @@ class RunFiles:
     @property
     def evaluation(self) -> Path:
         return self.folder / "evaluation.json"
+
+    def is_training(self) -> bool:
+        """Whether a process is training the run at this moment."""
+        return is_owned(self.lock)
 
     def last_metrics(self) -> dict[str, Any]:
         """The last whole line of metrics.jsonl, without values that were not finite; empty before the first."""

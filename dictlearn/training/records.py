@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from activation_store.errors import UserError
+from activation_store.ownership import Ownership
 from dictlearn.workspace import RunFiles
 
 if TYPE_CHECKING:
@@ -67,18 +68,24 @@ def open_record(files: RunFiles, step: int, *, tensorboard: bool, wandb: str | N
         config: the run's configuration, shown by Weights & Biases; its ``sweep`` becomes the group.
 
     Raises:
-        UserError: Weights & Biases refuses the run, or cannot be reached.
+        UserError: another process is training the run; Weights & Biases refuses it, or cannot be reached.
     """
-    cut_back(files.metrics, step)
-    events = _open_tensorboard(files, step) if tensorboard else None
-    run = _open_wandb(files, wandb, config) if wandb is not None else None
-    return Record(files.metrics, events, run)
+    ownership = Ownership.take(files.lock, files.folder)
+    try:
+        cut_back(files.metrics, step)
+        events = _open_tensorboard(files, step) if tensorboard else None
+        run = _open_wandb(files, wandb, config) if wandb is not None else None
+        return Record(files.metrics, ownership, events, run)
+    except BaseException:
+        ownership.release()
+        raise
 
 
 class Record:
-    """The open record of one run; a context manager."""
+    """The open record of one run, which says that the run is training; a context manager."""
 
-    def __init__(self, metrics: Path, events: SummaryWriter | None, run: Run | None):
+    def __init__(self, metrics: Path, ownership: Ownership, events: SummaryWriter | None, run: Run | None):
+        self._ownership = ownership
         self._events = events
         self._run = run
         if run is not None and metrics.exists():
@@ -120,6 +127,7 @@ class Record:
             self._events.close()
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
+        self._ownership.release()
 
     def __enter__(self) -> Record:
         return self

@@ -142,6 +142,29 @@ def without_wall_clock(files: RunFiles) -> str:
     return "\n".join(json.dumps(at) for at in kept)
 
 
+def test_while_it_is_written_the_run_is_training_and_nobody_else_may(files):
+    process = write_in_a_process(files, 0, 10**9, pause=0.01)
+    try:
+        while not files.metrics.exists():
+            assert process.poll() is None
+        assert files.is_training()
+        with pytest.raises(UserError, match=f"is being written by process {process.pid}; wait for it to end"):
+            opened(files)
+    finally:
+        kill_after(process, files, 1)
+    assert files.lock.exists() and not files.is_training()
+    with opened(files):
+        assert files.is_training()
+    assert not files.lock.exists()
+
+
+def test_what_cannot_be_opened_is_not_left_locked(files):
+    files.metrics.mkdir()
+    with pytest.raises(IsADirectoryError):
+        opened(files)
+    assert not files.is_training()
+
+
 def test_killed_five_times_and_resumed_it_is_the_file_of_a_run_that_was_not(files, tmp_path):
     whole = RunFiles(tmp_path / "whole")
     whole.folder.mkdir()
