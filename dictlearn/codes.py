@@ -22,11 +22,14 @@ class Codes:
         indices: (B, K) int64, each in [0, d_sae).
         values: (B, K) floating point; may be negative for dictionaries with signed codes.
         d_sae: number of latents S.
+        offset: (B, O) what each row's output is when nothing fires, for dictionaries in which that depends on the row;
+            None for all others, whose output begins at b_dec.
     """
 
     indices: Tensor
     values: Tensor
     d_sae: int
+    offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.indices.shape != self.values.shape or self.indices.ndim != 2:
@@ -56,16 +59,18 @@ class Codes:
         return torch.bincount(self.indices[self.active()], minlength=self.d_sae)
 
     def detach(self) -> Codes:
-        return Codes(self.indices, self.values.detach(), self.d_sae)
+        offset = None if self.offset is None else self.offset.detach()
+        return Codes(self.indices, self.values.detach(), self.d_sae, offset)
 
     def to(self, *args: Any, **kwargs: Any) -> Codes:
-        """Move both arrays; a floating dtype applies to the values alone."""
+        """Move all arrays; a floating dtype does not apply to the indices."""
         values = self.values.to(*args, **kwargs)
-        return Codes(self.indices.to(values.device), values, self.d_sae)
+        offset = None if self.offset is None else self.offset.to(*args, **kwargs)
+        return Codes(self.indices.to(values.device), values, self.d_sae, offset)
 
     @staticmethod
-    def from_dense(dense_BS: Tensor) -> Codes:
+    def from_dense(dense_BS: Tensor, offset: Tensor | None = None) -> Codes:
         """The same activations in as few slots as the busiest row needs (at least one)."""
         slots = max(1, int((dense_BS != 0).sum(dim=1).max())) if len(dense_BS) else 1
         indices_BK = dense_BS.abs().topk(slots, dim=1).indices
-        return Codes(indices_BK, dense_BS.gather(1, indices_BK), dense_BS.shape[1])
+        return Codes(indices_BK, dense_BS.gather(1, indices_BK), dense_BS.shape[1], offset)

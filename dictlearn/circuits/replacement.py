@@ -183,6 +183,12 @@ def _replaced(
     if hook_in.endswith("hook_normalized"):
         norm = norm.without_gain(input_PI, activations[f"blocks.{layer}.ln2.hook_in"])
 
+    if transcoder.input_scaling.row_wise:
+        raise UserError(
+            f"The transcoder of layer {layer} divides each input by a scale of its own (scaling "
+            f"{transcoder.config.scaling}), so its activations are not linear in the input and cannot be traced; train "
+            "one with scaling mean_square, whiten or none."
+        )
     found = [getattr(transcoder, name, None) for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
     weights = [weight.detach().to("cpu", output_PD.dtype) for weight in found if isinstance(weight, Tensor)]
     if len(weights) < 4:

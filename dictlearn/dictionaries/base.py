@@ -3,12 +3,13 @@
 Axes: B rows, D input width, O output width, S latents, K slots per row of codes.
 
 Weights are latent-major: row s of `W_enc` reads latent s, row s of `W_dec` writes it. In training a dictionary holds
-the scale of its input and target; `fold` turns it into one that takes raw activations, and that is what gets saved.
+the scaling of its input and target; `fold` turns it into one that takes raw activations, and that is what gets saved.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dictlearn import ops
 from dictlearn.codes import Codes
+from dictlearn.dictionaries.scaling import Scaling
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,21 @@ class Update:
         loss: what the batch cost before the step.
     """
 
-    optimiser: torch.optim.Optimizer
+    optimiser: Remembers
     step: int
     steps: int
     generator: torch.Generator
     x: Tensor
     target: Tensor | None
     loss: Loss
+
+
+class Remembers(Protocol):
+    """An optimiser: torch's, or a trainer's own."""
+
+    @property
+    def state(self) -> Mapping[Any, Mapping[str, Any]]:
+        """Of each parameter, what the next step will use besides its gradient."""
 
 
 class ControlStatistics(Protocol):
@@ -74,38 +85,39 @@ class ControlStatistics(Protocol):
 
 
 class Dictionary(nn.Module):
-    """A sparse dictionary from d_in to d_out; with target None (or ``d_out`` = the same hook) it is an autoencoder.
+    """A sparse dictionary from d_in to d_out; with ``d_out`` None it is an autoencoder, which rebuilds its own input.
 
     Attributes:
+        autoencoder: whether the target is the input.
         provenance: what it was trained on (model, store, hooks), filled by training and by loading.
         rows_since_fired: (S,) int64 buffer: rows seen since each latent last fired.
-        input_scale, target_scale: scalars that raw activations are divided by; 1 once folded.
+        input_scaling, target_scaling: what is done to raw activations before they are encoded and compared; an
+            autoencoder's are the same. Nothing is left of them once folded, but for a row's own scale.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type]
-    latent_parallel: ClassVar[bool] = False
-    """Whether the loss goes through `dictlearn.ops` alone, so that ranks may hold a part of the latents each."""
+    latent_tensors: ClassVar[tuple[str, ...]] = ()
+    """Parameters and buffers with a row for each latent, of kinds whose loss reaches the latents through
+    `dictlearn.ops` alone: processes may then hold a part of the latents each. Empty for kinds that cannot be split."""
 
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
     rows_since_fired: Tensor
-    input_scale: Tensor
-    target_scale: Tensor
 
     def __init__(self, config: Any, d_in: int, d_out: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.autoencoder = d_out is None
         self.d_in = d_in
         self.d_out = d_in if d_out is None else d_out
         self.d_sae: int = config.d_sae
         self.provenance: dict[str, Any] = {}
         config.check(self.d_in, self.d_out)
         self.register_buffer("rows_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
-        self.register_buffer("input_scale", torch.ones(()))
-        self.register_buffer("target_scale", torch.ones(()))
+        self.input_scaling = self.target_scaling = Scaling()
 
     # --- what every kind defines --------------------------------------------------------------------------------
 
@@ -128,7 +140,7 @@ class Dictionary(nn.Module):
         raise NotImplementedError
 
     def fold(self) -> Self:
-        """A copy with the same raw outputs whose scales are 1 and whose biases need no special case."""
+        """A copy with the same raw outputs whose scaling is in its weights and whose biases need no special case."""
         raise NotImplementedError
 
     # --- what a kind may define -----------------------------------------------------------------------------------
@@ -139,8 +151,12 @@ class Dictionary(nn.Module):
     def project_gradients(self) -> None:
         """Called between backward and the optimiser's step."""
 
+    def constrain(self) -> None:
+        """Restore what an update, or an average of weights, may have broken, such as the norm of decoder rows."""
+
     def after_update(self, update: Update) -> dict[str, float]:
-        """Called after the optimiser's step: restore constraints, reset latents. Returns numbers worth logging."""
+        """Called after the optimiser's step: reset or resample latents. Returns numbers worth logging."""
+        self.constrain()
         return {}
 
     # --- shared -----------------------------------------------------------------------------------------------------
@@ -152,18 +168,33 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:
         """Count which latents fired in a batch, in rows."""
-        self.rows_since_fired += len(codes)
-        self.rows_since_fired[codes.indices[codes.active()]] = 0
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=codes.indices.device)
+        fired[codes.indices[codes.active()]] = True
+        self.rows_since_fired += ops.ranks().total_rows(len(codes))
+        self.rows_since_fired[ops.ranks().anywhere_in_batch(fired)] = 0
 
     def described(self) -> dict[str, Any]:
         """Kind, widths and config as plain values: what a file needs to build it again."""
-        return {"kind": self.kind, "d_in": self.d_in, "d_out": self.d_out, "config": asdict(self.config)}
+        return {
+            "kind": self.kind,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "autoencoder": self.autoencoder,
+            "config": asdict(self.config),
+        }
+
+    def drop_scaling(self) -> None:
+        """Let raw activations through, as what is folded does; a row's own scale stays, no weight can hold it."""
+        if not self.input_scaling.row_wise:
+            self.input_scaling = Scaling()
+        if not self.target_scaling.row_wise:
+            self.target_scaling = Scaling()
 
     def copy(self) -> Self:
         return copy.deepcopy(self)
 
 
-def forget_moments(optimiser: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+def forget_moments(optimiser: Remembers, parameter: Tensor, rows: Tensor) -> None:
     """Zero what an optimiser remembers of some rows of a parameter: redrawn rows start without a past.
 
     Args:

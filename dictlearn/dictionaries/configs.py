@@ -7,7 +7,7 @@ the command line. `check` is called with the widths and raises UserError.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from activation_store.errors import UserError
 
@@ -28,9 +28,26 @@ class TopKConfig:
     """Dead latents active per row in the AuxK loss; half the activation's width when not given."""
     dead_after_rows: int = 10_000_000
     """A latent counts as dead when it has not fired for this many rows (tokens)."""
+    multi_topk_weight: float = 0.0
+    """Weight of the squared error with 4 k latents active, so that more than k stay meaningful; 0 turns it off."""
+    k_start: int | None = None
+    """Latents active per row at the first step, from where the number falls linearly to k; k when not given."""
+    k_anneal_share: float = 0.5
+    """Share of the run over which the number of active latents falls from k_start to k."""
+    resample_every: int = 0
+    """Steps between two redrawings of dead latents towards rows that are rebuilt badly; 0 turns it off."""
+    scaling: Literal["mean_square", "none", "per_token", "layer_norm", "whiten"] = "mean_square"
+    """Units of training: data of unit variance, raw, rows of unit mean square, standardised rows, or PCA-whitened."""
+    shrinkage: float = 0.01
+    """Added to every eigenvalue of the control rows' covariance when whitening, as a share of their mean."""
+    initial_decoder: Literal["random", "data"] | None = None
+    """Where decoder rows begin: random directions or data points; when not given, data for a transcoder only."""
+    initial_b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    """Where the decoder's bias begins."""
 
     def check(self, d_in: int, d_out: int) -> None:
         """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_choices(self)
         _check_positive(self, "d_sae", "k", "dead_after_rows")
         if self.k > self.d_sae:
             raise UserError(f"k is {self.k}, more than the {self.d_sae} latents of d_sae; lower k or raise d_sae.")
@@ -38,6 +55,18 @@ class TopKConfig:
             raise UserError(f"auxk_weight is {self.auxk_weight}; it must be 0 (off) or positive.")
         if self.k_aux is not None and not 0 < self.k_aux <= self.d_sae:
             raise UserError(f"k_aux is {self.k_aux}; it must lie between 1 and d_sae ({self.d_sae}).")
+        if self.multi_topk_weight < 0:
+            raise UserError(f"multi_topk_weight is {self.multi_topk_weight}; it must be 0 (off) or positive.")
+        if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
+            raise UserError(
+                f"k_start is {self.k_start}; it must lie between k ({self.k}), to which the number of active latents "
+                f"falls, and d_sae ({self.d_sae})."
+            )
+        if not 0 < self.k_anneal_share <= 1:
+            raise UserError(f"k_anneal_share is {self.k_anneal_share}; it must lie above 0 and at most at 1.")
+        if self.resample_every < 0:
+            raise UserError(f"resample_every is {self.resample_every}; it must be 0 (off) or positive.")
+        _check_shrinkage(self.shrinkage)
 
 
 @dataclass(frozen=True)
@@ -82,8 +111,7 @@ class ICFLConfig:
                 f"rounds * width is {self.k}, more than the activation's width {d_in}: the residual would vanish and "
                 "nothing would be learned; lower rounds or width."
             )
-        if not 0 <= self.shrinkage <= 1:
-            raise UserError(f"shrinkage is {self.shrinkage}; it must lie between 0 and 1.")
+        _check_shrinkage(self.shrinkage)
         if not 0 < self.reset_cosine <= 1:
             raise UserError(f"reset_cosine is {self.reset_cosine}; it must lie above 0 and at most at 1.")
 
@@ -92,3 +120,17 @@ def _check_positive(config: object, *fields: str) -> None:
     for field in fields:
         if getattr(config, field) < 1:
             raise UserError(f"{field} is {getattr(config, field)}; it must be at least 1.")
+
+
+def _check_shrinkage(shrinkage: float) -> None:
+    if not 0 <= shrinkage <= 1:
+        raise UserError(f"shrinkage is {shrinkage}; it must lie between 0 and 1.")
+
+
+def _check_choices(config: object) -> None:
+    """Refuse what is none of a field's words; the command line and YAML have done so, Python has not."""
+    for field, hint in get_type_hints(type(config)).items():
+        choices = [value for part in (hint, *get_args(hint)) if get_origin(part) is Literal for value in get_args(part)]
+        value = getattr(config, field)
+        if choices and value is not None and value not in choices:
+            raise UserError(f"{field} is {value!r}; choose one of {', '.join(choices)}.")

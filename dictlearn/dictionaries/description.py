@@ -9,7 +9,9 @@ from typing import Any
 from activation_store.errors import UserError
 
 FORMAT = "dictlearn-dictionary"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 has the scales of input and target among its weights, all 1."""
 DESCRIPTION = "dictionary.json"
 WEIGHTS = "dictionary.safetensors"
 
@@ -25,11 +27,14 @@ def describe(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
         version = description["version"]
         description["kind"], description["config"], description["d_in"], description["d_out"]
+        if version == 1:
+            made_from = description.get("provenance", {})
+            description["autoencoder"] = made_from.get("hook_in") == made_from.get("hook_out")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error}); restore it or train again.") from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise UserError(
-            f"{str(path)!r} has format version {version}; this dictlearn reads version {FORMAT_VERSION}. "
+            f"{str(path)!r} has format version {version}; this dictlearn reads version {FORMAT_VERSION} and before. "
             "Use the dictlearn that wrote it, or a newer one."
         )
     return description

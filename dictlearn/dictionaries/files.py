@@ -47,9 +47,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Dictionary:
     cls = dictionary_class(description["kind"])
     try:
         config = cls.Config(**description["config"])
-        dictionary = cls(config, description["d_in"], description["d_out"])
-        dictionary.load_state_dict(load_file(folder / WEIGHTS))
-    except (TypeError, RuntimeError, SafetensorError, OSError) as error:
+        dictionary = cls(config, description["d_in"], None if description["autoencoder"] else description["d_out"])
+        dictionary.drop_scaling()
+        tensors = load_file(folder / WEIGHTS)
+        if description["version"] == 1:
+            del tensors["input_scale"], tensors["target_scale"]
+        dictionary.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"The dictionary in {str(folder)!r} is damaged ({reason}); restore it or train again."

@@ -30,6 +30,7 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import Dictionary, Loss, Update, forget_moments
 from dictlearn.dictionaries.configs import ICFLConfig
+from dictlearn.dictionaries.scaling import whitening
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import ControlStatistics
@@ -148,16 +149,3 @@ def _merged(values_BK: Tensor, indices_BK: Tensor) -> tuple[Tensor, Tensor]:
     slot_BK = first_BK.cumsum(dim=1) - 1
     merged_BK = torch.zeros_like(values_BK).scatter_add(1, slot_BK, values_BK)
     return merged_BK, torch.zeros_like(indices_BK).scatter(1, slot_BK, indices_BK)
-
-
-def whitening(control: ControlStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """PCA whitening ``(T, T^-1)``, each (D, D) for row vectors, from the control rows' covariance, in float64.
-
-    Eigenvalues are shrunk, ``s + shrinkage * mean(s)``: directions in which few control rows vary are noise that
-    dividing by a near-zero ``s`` would amplify.
-    """
-    mean = torch.tensor(control.mean, dtype=torch.float64).flatten()
-    covariance = torch.tensor(control.second_moment, dtype=torch.float64) - mean[:, None] * mean
-    s, U = torch.linalg.eigh(covariance)
-    s = s.clamp_min(0) + shrinkage * s.clamp_min(0).mean()
-    return U * s.rsqrt(), (U * s.sqrt()).T

@@ -1,14 +1,16 @@
 """TopK: keep the k largest pre-activations of a learned encoder. SAE and transcoder alike.
 
 Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093): section 2.3 the activation, appendix A
-the AuxK loss and the initialisation; Makhzani and Frey 2013 (arXiv 1312.5663) for the k-sparse idea.
+the AuxK loss and the initialisation, Multi-TopK; Makhzani and Frey 2013 (arXiv 1312.5663) for the k-sparse idea and for
+a k that falls during training; Bricken et al. 2023, "Towards monosemanticity", for redrawing dead latents.
 
-    codes = ReLU(TopK(W_enc (x - b_pre) + b_enc))        output = codes W_dec + b_dec
+    codes = ReLU(TopK(W_enc (u - b_pre) + b_enc))        output = codes W_dec + b_dec        u: the scaled input
 
-An autoencoder's b_pre is its b_dec. A transcoder's target is another hook's activation, so it has no b_pre. Decoder
-rows have unit norm: before each update their gradient loses its component along them, after it the norm is restored.
+An autoencoder's b_pre is its b_dec. A transcoder's target is another hook's activation, so it has no b_pre. In scaled
+units (see `dictlearn.dictionaries.scaling`) decoder rows have unit norm: before each update their gradient loses its
+component along them, after it the norm is restored.
 
-Axes: B rows, D input width, O output width, S latents, K active per row.
+Axes: B rows, D input width, O output width, S latents, K active per row, A dead latents.
 """
 
 from __future__ import annotations
@@ -21,15 +23,22 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update, forget_moments
 from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings
+
+MULTIPLE = 4
+"""Times k: the latents that the Multi-TopK term decodes (Gao et al. 2024; its weight there is 1/8)."""
+
+RESAMPLED_SHARE = 0.8
+"""Share of a run, from its start, in which dead latents are redrawn: the last ones need steps to learn in."""
 
 
 class TopK(Dictionary):
     kind = "topk"
     Config = TopKConfig
     config: TopKConfig
-    latent_parallel = True
+    latent_tensors = ("W_enc", "b_enc", "W_dec", "rows_since_fired")
 
     def __init__(self, config: TopKConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__(config, d_in, d_out)
@@ -37,25 +46,45 @@ class TopK(Dictionary):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.input_scaling, self.target_scaling = scalings(
+            config.scaling, self.d_in, config.shrinkage, self.autoencoder
+        )
+        self.k = config.k
+        """Latents active per row: the config's k, but for the first steps of a run that begins with more."""
         self.subtracts_b_dec = False
         """Whether b_pre is b_dec: true while an autoencoder trains, false for transcoders and for anything folded."""
 
     def encode(self, x: Tensor) -> Codes:
-        codes = ops.encode_topk(x / self.input_scale, self.W_enc, self.b_enc, self.config.k, self._pre_bias())
-        return Codes(codes.indices, codes.values, self.d_sae)
+        """Raw activations (B, D) to codes.
+
+        Where an autoencoder's rows have a scale of their own, values are multiplied by it, so that a value times its
+        decoder row is raw; the codes' offset is the rest of what makes a row raw again.
+        """
+        codes = ops.encode_topk(self.input_scaling(x), self.W_enc, self.b_enc, self.k, self._pre_bias())
+        if not isinstance(self.target_scaling, RowWise):
+            return Codes(codes.indices, codes.values, self.d_sae)
+        shift_B1, scale_B1 = self.target_scaling.of_rows(x)
+        return Codes(codes.indices, codes.values * scale_B1, self.d_sae, self.b_dec * scale_B1 + shift_B1)
 
     def decode(self, codes: Codes) -> Tensor:
-        return (ops.decode(codes.values, codes.indices, self.W_dec) + self.b_dec) * self.target_scale
+        """Codes to a raw reconstruction (B, O). ValueError when they lack the offset that a row's own scale needs."""
+        output_BO = ops.decode(codes.values, codes.indices, self.W_dec)
+        return self.target_scaling.undo(output_BO + self.b_dec) if codes.offset is None else output_BO + codes.offset
 
     def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
-        x_BD = x / self.input_scale
-        target_BO = x_BD if target is None else target / self.target_scale
+        x_BD = self.input_scaling(x)
+        target_BO = x_BD if target is None else self.target_scaling(target)
         dead_S = self.rows_since_fired > self.config.dead_after_rows
         revive = self.config.auxk_weight > 0 and ops.anywhere(dead_S)
         dead_A = ops.latents_where(dead_S) if revive else None
+        wide = self.config.multi_topk_weight > 0
+        slots = min(MULTIPLE * self.k, self.d_sae) if wide else self.k
         values_BK, indices_BK, dead_pre_BA = ops.encode_topk(
-            x_BD, self.W_enc, self.b_enc, self.config.k, self._pre_bias(), dead_A
+            x_BD, self.W_enc, self.b_enc, slots, self._pre_bias(), dead_A
         )
+        if wide:
+            wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + self.b_dec
+            values_BK, indices_BK = self._largest(values_BK, indices_BK)
         if dead_A is None or dead_pre_BA is None:
             rebuilt_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         else:
@@ -65,99 +94,166 @@ class TopK(Dictionary):
         error_BO = target_BO - output_BO
         mse = error_BO.square().mean()
         terms, total = {"mse": mse.detach()}, mse
+        if wide:
+            multi = (target_BO - wide_BO).square().mean()
+            terms["multi_topk"] = multi.detach()
+            total = total + self.config.multi_topk_weight * multi
         if revive:
             residual_BO = error_BO.detach()
-            auxk = (residual_BO - revived_BO).square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(1e-12)
+            auxk = (residual_BO - revived_BO).square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(LEAST)
             terms["auxk"] = auxk.detach()
             total = total + self.config.auxk_weight * auxk
         codes = Codes(indices_BK, values_BK.detach(), self.d_sae)
-        return Loss(total, terms, codes, output_BO.detach() * self.target_scale)
+        return Loss(total, terms, codes, self.target_scaling.undo(output_BO.detach(), x if target is None else target))
 
     @torch.no_grad()
     def initialise(
         self, x: Tensor, target: Tensor | None, generator: torch.Generator, control: ControlStatistics
     ) -> None:
-        """Unit random decoder rows, the encoder their transpose, b_dec the geometric median of the target.
+        """Unit decoder rows, random or along data points; an autoencoder's encoder is their transpose.
 
-        Scales make the target's per-coordinate variance 1 on average, so the mse term starts near the FVU's unit. A
-        transcoder has no transpose to start from: its latent s begins mostly as one example, row s of W_enc along a
+        A transcoder has no transpose to start from: its latent s begins mostly as one example, row s of W_enc along a
         centred input and row s of W_dec along that input's target. From random directions 89 % of the latents of
         the bundled model's first transcoder stopped firing (one seed, 240 steps of 2048 rows).
         """
-        self.subtracts_b_dec = target is None
-        directions = torch.randn(self.d_sae, self.d_out, generator=generator)
-        self.W_dec.copy_(F.normalize(directions, dim=1))
-        self.input_scale.copy_(_spread(x))
-        if target is None:
-            self.target_scale.copy_(self.input_scale)
+        if self.autoencoder != (target is None):
+            raise ValueError("An autoencoder begins without a target, a transcoder with one.")
+        self.subtracts_b_dec = self.autoencoder
+        self.input_scaling.fit(x, control)
+        x_BD = target_BO = self.input_scaling(x)
+        if target is not None:
+            self.target_scaling.fit(target, control)
+            target_BO = self.target_scaling(target)
+
+        from_data = (self.config.initial_decoder or ("random" if self.autoencoder else "data")) == "data"
+        written_SO = F.normalize(torch.randn(self.d_sae, self.d_out, generator=generator), dim=1)
+        examples_S = torch.randint(len(x), (self.d_sae,), generator=generator)
+        self.W_dec.copy_(_towards(target_BO, examples_S, written_SO) if from_data else written_SO)
+        self.b_dec.copy_(_centre(target_BO, self.config.initial_b_dec))
+        if self.autoencoder:
             self.W_enc.copy_(self.W_dec)
             self.b_enc.zero_()
-            self.b_dec.copy_(geometric_median(x / self.input_scale))
         else:
-            self.target_scale.copy_(_spread(target))
-            examples = torch.randint(len(x), (self.d_sae,), generator=generator)
-            inputs = torch.randn(self.d_sae, self.d_in, generator=generator)
-            self.W_enc.copy_(_towards(x, examples, inputs))
-            self.W_dec.copy_(_towards(target, examples, directions))
-            self.b_enc.copy_(-self.W_enc @ (x / self.input_scale).mean(dim=0))
-            self.b_dec.copy_(geometric_median(target / self.target_scale))
-            self._shrink_to_fit(x / self.input_scale, target / self.target_scale)
+            read_SD = F.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1)
+            self.W_enc.copy_(_towards(x_BD, examples_S, read_SD) if from_data else read_SD)
+            self.b_enc.copy_(-self.W_enc @ x_BD.mean(dim=0))
+        if from_data or not self.autoencoder:
+            self._shrink_to_fit(x_BD, target_BO)
+
+    def schedule(self, step: int, steps: int) -> None:
+        """k: from ``k_start`` linearly to ``k`` over the first ``k_anneal_share`` of the run."""
+        if self.config.k_start is not None:
+            last = max(1, round(self.config.k_anneal_share * steps) - 1)
+            self.k = self.config.k_start - round((self.config.k_start - self.config.k) * min(1.0, step / last))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         if self.W_dec.grad is not None:
-            along_S1 = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
-            self.W_dec.grad.sub_(along_S1 * self.W_dec)
+            along_S = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)
+            self.W_dec.grad.addcmul_(self.W_dec, along_S[:, None], value=-1)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(LEAST))
 
     @torch.no_grad()
     def after_update(self, update: Update) -> dict[str, float]:
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
-        return {}
+        """Unit decoder rows again; every ``resample_every`` steps dead latents are redrawn."""
+        self.constrain()
+        every, taken = self.config.resample_every, update.step + 1
+        if every == 0 or taken % every or taken > RESAMPLED_SHARE * update.steps:
+            return {}
+        return {"resampled": float(self._resample(update))}
 
     @torch.no_grad()
     def fold(self) -> Self:
+        """A copy that takes raw activations, folded in float64, with the config's k.
+
+        Decoder rows stay of unit norm, but for whitening. A row's own scale (per_token, layer_norm) cannot be folded
+        and stays a part of `encode` and `decode`.
+        """
         folded = self.copy()
-        folded.W_enc.mul_(self.target_scale / self.input_scale)
-        bias_S = self.b_enc - self.W_enc @ self.b_dec if self.subtracts_b_dec else self.b_enc
-        folded.b_enc.copy_(bias_S * self.target_scale)
-        folded.b_dec.mul_(self.target_scale)
-        folded.input_scale.fill_(1)
-        folded.target_scale.fill_(1)
+        W_enc, b_enc, W_dec, b_dec = (p.double() for p in (self.W_enc, self.b_enc, self.W_dec, self.b_dec))
+        if self.subtracts_b_dec:
+            b_enc = b_enc - W_enc @ b_dec
+        W_enc, b_enc = self.input_scaling.into_encoder(W_enc, b_enc)
+        W_dec, b_dec = self.target_scaling.into_decoder(W_dec, b_dec)
+        unit = self.target_scaling.unit()
+        for name, raw in {"W_enc": W_enc * unit, "b_enc": b_enc * unit, "W_dec": W_dec, "b_dec": b_dec}.items():
+            getattr(folded, name).copy_(raw)
+        folded.drop_scaling()
         folded.subtracts_b_dec = False
+        folded.k = self.config.k
         return folded
 
-    def _shrink_to_fit(self, x: Tensor, target: Tensor) -> None:
+    def _resample(self, update: Update) -> int:
+        """Redraw dead latents towards rows of the batch, with probability proportional to their squared error.
+
+        A redrawn latent writes the error of its row and reads the row's input, as strongly as gives that row the
+        error's length: alone it repairs its row. No row is drawn twice at once. Returns how many were redrawn.
+        """
+        x_BD = self.input_scaling(update.x)
+        target_BO = x_BD if update.target is None else self.target_scaling(update.target)
+        codes = ops.encode_topk(x_BD, self.W_enc, self.b_enc, self.k, self._pre_bias())
+        error_BO = target_BO - ops.decode(codes.values, codes.indices, self.W_dec) - self.b_dec
+        squared_B = error_BO.square().sum(dim=1).double().cpu()
+        dead_A = ops.latents_where(self.rows_since_fired > self.config.dead_after_rows)
+        dead_A = dead_A[: int((squared_B > 0).sum())]
+        if len(dead_A) == 0:
+            return 0
+        rows_A = torch.multinomial(squared_B, len(dead_A), generator=update.generator).to(x_BD.device)
+        centre_D = self.b_dec if self.subtracts_b_dec else x_BD.mean(dim=0)
+        read_AD, written_AO = x_BD[rows_A] - centre_D, error_BO[rows_A]
+        strength_A = written_AO.norm(dim=1) / read_AD.square().sum(dim=1).clamp_min(LEAST)
+        self.W_enc[dead_A] = read_AD * strength_A[:, None]
+        self.b_enc[dead_A] = 0.0 if self.subtracts_b_dec else -self.W_enc[dead_A] @ centre_D
+        self.W_dec[dead_A] = F.normalize(written_AO, dim=1)
+        for parameter in (self.W_enc, self.b_enc, self.W_dec):
+            forget_moments(update.optimiser, parameter, dead_A)
+        self.rows_since_fired[dead_A] = 0
+        return len(dead_A)
+
+    def _largest(self, values_BW: Tensor, indices_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the latents selected in each row the k with the largest values."""
+        kept_BW = ops.keep_topk(values_BW, self.k)
+        places_BK = kept_BW.topk(min(self.k, kept_BW.shape[1]), dim=1, sorted=False).indices
+        return kept_BW.gather(1, places_BK), indices_BW.gather(1, places_BK)
+
+    def _shrink_to_fit(self, x_BD: Tensor, target_BO: Tensor) -> None:
         """Scale the encoder by the factor that fits these rows best (least squares).
 
         A row's examples overlap, so that k of them at full strength overshoot ten times, and the steps that repair it
         silence many latents for good.
         """
-        values_BK, indices_BK, _ = ops.encode_topk(x, self.W_enc, self.b_enc, self.config.k)
+        k = self.config.k_start or self.config.k
+        values_BK, indices_BK, _ = ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias())
         output_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         energy = output_BO.square().sum()
-        fit = (output_BO * (target - self.b_dec)).sum() / energy.clamp_min(1e-12)
+        fit = (output_BO * (target_BO - self.b_dec)).sum() / energy.clamp_min(LEAST)
         if fit > 0:
             self.W_enc.mul_(fit)
             self.b_enc.mul_(fit)
 
     def _pre_bias(self) -> Tensor | None:
-        """What is subtracted from the input before it is encoded."""
+        """What is subtracted from the scaled input before it is encoded."""
         return self.b_dec if self.subtracts_b_dec else None
 
 
 EXAMPLE_SHARE = 0.8
-"""How much of a transcoder's first direction is its example, the rest being random."""
+"""How much of a direction that begins at a data point is its example, the rest being random."""
 
 
 def _towards(rows: Tensor, examples: Tensor, directions: Tensor) -> Tensor:
-    """(S, ...) unit rows: mostly the centred example of each latent, partly its random direction."""
+    """(S, ...) unit rows: mostly the centred example of each latent, partly its random unit direction."""
     centred = F.normalize((rows - rows.mean(dim=0))[examples], dim=1)
-    return F.normalize(EXAMPLE_SHARE * centred + (1 - EXAMPLE_SHARE) * F.normalize(directions, dim=1), dim=1)
+    return F.normalize(EXAMPLE_SHARE * centred + (1 - EXAMPLE_SHARE) * directions, dim=1)
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """Root of the mean squared deviation per coordinate (a scalar)."""
-    return (rows - rows.mean(dim=0)).square().mean().sqrt().clamp_min(1e-12)
+def _centre(rows: Tensor, name: str) -> Tensor:
+    """(O,) where the decoder's bias begins."""
+    if name == "zero":
+        return torch.zeros_like(rows[0])
+    return rows.mean(dim=0) if name == "mean" else geometric_median(rows)
 
 
 def geometric_median(rows: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -4,11 +4,13 @@
         def make(self, d_in, d_out): return Mine(MineConfig(...), d_in, d_out)
         def reference_loss(self, dictionary, x, target): ...   # float64, dense, plain autograd
 
-The reference is the back door: it must not call the dictionary's own encode, decode or loss.
+The reference is the back door: it must not call the dictionary's own encode, decode or loss. A kind that comes in
+several versions (of scaling, say) gives one instance of each in ``variants``, and each is held to the contract.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,10 +41,21 @@ class DictionaryTests:
         """The total loss written as dense plain autograd, from the dictionary's parameters and buffers."""
         raise NotImplementedError
 
+    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+        """`make` for each version of the kind, by name."""
+        return {"as made": self.make}
+
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
     def modes(self) -> list[bool]:
         return [False, True] if self.transcodes else [False]
+
+    def cases(self, updates: int = 5) -> Iterator[tuple[str, bool, Dictionary]]:
+        """``(words, whether it transcodes, dictionary)``: each variant as autoencoder and, where it can, transcoder."""
+        for transcoder in self.modes():
+            for name, make in self.variants().items():
+                words = f"{name}, {'transcoder' if transcoder else 'autoencoder'}"
+                yield words, transcoder, self.trained(transcoder, updates=updates, make=make)
 
     def data(self, transcoder: bool, seed: int = 0, rows: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Correlated rows far from the origin with an odd scale: what hides a forgotten bias hides nothing here."""
@@ -57,9 +70,15 @@ class DictionaryTests:
         x = self.data(False, rows=4096)[0].double()
         return SimpleNamespace(mean=x.mean(dim=0).numpy(), second_moment=(x.T @ x / len(x)).numpy())
 
-    def trained(self, transcoder: bool, seed: int = 0, updates: int = 5) -> Dictionary:
+    def trained(
+        self,
+        transcoder: bool,
+        seed: int = 0,
+        updates: int = 5,
+        make: Callable[[int, int | None], Dictionary] | None = None,
+    ) -> Dictionary:
         """Initialised on data and moved a little, so that no parameter sits at a symmetric start."""
-        dictionary = self.make(self.d_in, self.d_out if transcoder else None)
+        dictionary = (make or self.make)(self.d_in, self.d_out if transcoder else None)
         x, target = self.data(transcoder, rows=256)
         generator = torch.Generator().manual_seed(seed)
         dictionary.initialise(x, target, generator, self.control())
@@ -79,8 +98,7 @@ class DictionaryTests:
     # --- the contract ------------------------------------------------------------------------------------------------
 
     def test_shapes_and_dtypes(self):
-        for transcoder in self.modes():
-            dictionary = self.trained(transcoder)
+        for _, transcoder, dictionary in self.cases():
             x, _ = self.data(transcoder)
             codes = dictionary.encode(x)
             assert isinstance(codes, Codes) and codes.d_sae == dictionary.d_sae
@@ -97,68 +115,113 @@ class DictionaryTests:
             assert len(chosen.unique()) == len(chosen)
 
     def test_decoding_dense_codes_gives_the_same(self):
-        for transcoder in self.modes():
-            dictionary = self.trained(transcoder)
-            codes = dictionary.encode(self.data(transcoder)[0])
-            again = dictionary.decode(Codes.from_dense(codes.dense()))
-            torch.testing.assert_close(dictionary.decode(codes), again, rtol=1e-5, atol=1e-5)
+        for words, transcoder, dictionary in self.cases():
+            codes = dictionary.double().encode(self.data(transcoder)[0].double())
+            again = dictionary.decode(Codes.from_dense(codes.dense(), codes.offset))
+            torch.testing.assert_close(dictionary.decode(codes), again, rtol=1e-10, atol=1e-10, msg=saying(words))
+
+    def test_the_loss_reports_what_encode_and_decode_give(self):
+        for words, transcoder, dictionary in self.cases():
+            x, target = self.data(transcoder, seed=1)
+            dictionary, x, target = dictionary.double(), x.double(), None if target is None else target.double()
+            loss = dictionary.loss(x, target)
+            torch.testing.assert_close(loss.output, dictionary(x), rtol=1e-10, atol=1e-10, msg=saying(words))
+            assert torch.equal(loss.codes.fired(), dictionary.encode(x).fired()), words
+            assert not loss.output.requires_grad and not loss.codes.values.requires_grad, words
 
     def test_loss_and_every_gradient_equal_the_float64_reference(self):
-        for transcoder in self.modes():
-            dictionary = self.trained(transcoder).double()
+        for words, transcoder, dictionary in self.cases():
+            dictionary = dictionary.double()
             x, target = self.data(transcoder, seed=1)
             x, target = x.double(), None if target is None else target.double()
-            for name, dead in (("live", False), ("half dead", True)):
-                if dead:
-                    dictionary.rows_since_fired[::2] = 10**12
-                parameters = {n: p for n, p in dictionary.named_parameters() if p.requires_grad}
-                ours = torch.autograd.grad(
-                    dictionary.loss(x, target).total, list(parameters.values()), allow_unused=True
-                )
-                reference = self.reference_loss(dictionary, x, target)
-                torch.testing.assert_close(dictionary.loss(x, target).total, reference, rtol=1e-10, atol=1e-12)
-                theirs = torch.autograd.grad(reference, list(parameters.values()), allow_unused=True)
-                for parameter, a, b in zip(parameters, ours, theirs, strict=True):
-                    assert (a is None) == (b is None), f"{name}: {parameter}"
-                    if a is not None:
-                        torch.testing.assert_close(
-                            a, b, rtol=1e-8, atol=1e-10, msg=lambda m, p=parameter, n=name: f"{n}: {p}: {m}"
-                        )
+            repeated = torch.arange(len(x)) // 3
+            for dead in ("nothing", "half", "everything"):
+                dictionary.rows_since_fired.zero_()
+                if dead != "nothing":
+                    dictionary.rows_since_fired[:: 2 if dead == "half" else 1] = 10**12
+                self.assert_equals_reference(dictionary, x, target, f"{words}, {dead} dead")
+            again = x[repeated], None if target is None else target[repeated]
+            self.assert_equals_reference(dictionary, *again, f"{words}, repeated rows")
+            alone = x[:1], None if target is None else target[:1]
+            self.assert_equals_reference(dictionary, *alone, f"{words}, a single row")
 
-    def test_training_lowers_the_loss(self):
-        for transcoder in self.modes():
+    def assert_equals_reference(self, dictionary: Dictionary, x: Tensor, target: Tensor | None, words: str) -> None:
+        """The loss, and its gradient in every parameter, as the reference gives them; ``words`` begin what fails."""
+        parameters = {n: p for n, p in dictionary.named_parameters() if p.requires_grad}
+        loss, reference = dictionary.loss(x, target).total, self.reference_loss(dictionary, x, target)
+        torch.testing.assert_close(loss, reference, rtol=1e-10, atol=1e-12, msg=saying(words))
+        ours = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        theirs = torch.autograd.grad(reference, list(parameters.values()), allow_unused=True)
+        for parameter, a, b in zip(parameters, ours, theirs, strict=True):
+            assert (a is None) == (b is None), f"{words}: {parameter}"
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=saying(f"{words}: {parameter}"))
+
+    def test_gradients_of_two_halves_average_to_those_of_the_batch(self):
+        """Accumulated gradients, and those of several processes, rest on it. Here nothing is dead: an auxiliary term
+        may be relative to its own batch."""
+        for words, transcoder, dictionary in self.cases():
+            dictionary = dictionary.double()
+            dictionary.rows_since_fired.zero_()
+            x, target = self.data(transcoder, seed=1)
+            x, targets = x.double(), [None, None] if target is None else target.double().chunk(2)
+            parameters = [p for p in dictionary.parameters() if p.requires_grad]
+            whole = torch.autograd.grad(
+                dictionary.loss(x, None if target is None else target.double()).total, parameters
+            )
+            halves = [
+                torch.autograd.grad(dictionary.loss(half, of_half).total, parameters)
+                for half, of_half in zip(x.chunk(2), targets, strict=True)
+            ]
+            for a, first, second in zip(whole, *halves, strict=True):
+                torch.testing.assert_close((first + second) / 2, a, rtol=1e-9, atol=1e-12, msg=saying(words))
+
+    def test_the_schedule_depends_on_nothing_but_the_step(self):
+        """A resumed run comes to a step by another way than one that was never stopped."""
+        for words, transcoder, dictionary in self.cases():
+            x, target = self.data(transcoder, seed=1)
+            losses = []
+            for path in ([1], [0, 1], [9, 1], [1, 1]):
+                for step in path:
+                    dictionary.schedule(step, 10)
+                losses.append(float(dictionary.loss(x, target).total.detach()))
+            assert len(set(losses)) == 1, words
+
+    def test_training_lowers_the_error(self):
+        for (words, transcoder, before), (_, _, after) in zip(self.cases(0), self.cases(100), strict=True):
             x, target = self.data(transcoder, rows=256)
-            before = self.trained(transcoder, updates=0).loss(x, target).total
-            after = self.trained(transcoder, updates=100).loss(x, target).total
-            assert after < before
+            with torch.no_grad():
+                first, last = ((d(x) - (x if target is None else target)).square().sum() for d in (before, after))
+            assert last < first, words
 
     def test_folding_keeps_raw_outputs(self):
-        for transcoder in self.modes():
-            dictionary = self.trained(transcoder).double()
+        for words, transcoder, dictionary in self.cases():
+            dictionary = dictionary.double()
             x = self.data(transcoder, seed=2)[0].double()
             folded = dictionary.fold()
-            assert float(folded.input_scale) == 1 and float(folded.target_scale) == 1
-            torch.testing.assert_close(folded(x), dictionary(x), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(folded(x), dictionary(x), rtol=1e-9, atol=1e-9, msg=saying(words))
+            torch.testing.assert_close(folded.fold()(x), dictionary(x), rtol=1e-9, atol=1e-9, msg=saying(words))
             assert folded is not dictionary
+            for scaling in (folded.input_scaling, folded.target_scaling):
+                assert scaling.row_wise or torch.equal(scaling(x), x), words
 
     def test_saves_and_loads_what_it_was(self, tmp_path: Path):
-        for transcoder in self.modes():
-            dictionary = self.trained(transcoder)
+        for words, transcoder, dictionary in self.cases():
             dictionary.provenance = {"hook_in": "a", "hook_out": "b"}
             x, _ = self.data(transcoder, seed=3)
-            folder = save(dictionary, tmp_path / str(transcoder))
+            folder = save(dictionary, tmp_path / words)
             loaded = load(folder)
-            assert torch.equal(loaded(x), dictionary.fold()(x))
+            assert torch.equal(loaded(x), dictionary.fold()(x)), words
             assert loaded.provenance == dictionary.provenance
             assert loaded.config == dictionary.config
+            assert loaded.autoencoder != transcoder
             assert torch.equal(loaded.rows_since_fired, dictionary.rows_since_fired)
             assert not any(p.requires_grad for p in loaded.parameters())
 
     def test_the_same_seed_gives_the_same_bits(self):
-        for transcoder in self.modes():
-            first, second = self.trained(transcoder, seed=4), self.trained(transcoder, seed=4)
+        for (words, _, first), (_, _, second) in zip(self.cases(), self.cases(), strict=True):
             for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-                assert torch.equal(a, b), name
+                assert torch.equal(a, b), f"{words}: {name}"
 
     def test_counts_rows_since_each_latent_fired(self):
         dictionary = self.trained(False)
@@ -186,3 +249,8 @@ class DictionaryTests:
             description.unlink()
         with pytest.raises(UserError, match="dictionary"):
             load(folder)
+
+
+def saying(words: str) -> Callable[[str], str]:
+    """What failed, before torch says by how much."""
+    return lambda message: f"{words}: {message}"

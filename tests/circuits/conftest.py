@@ -94,10 +94,12 @@ def save_model(layout: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_transcoder(layer: int, seed: int, hook_in: str = "mlp.hook_in", d_sae: int = LATENTS, k: int = K) -> TopK:
+def make_transcoder(
+    layer: int, seed: int, hook_in: str = "mlp.hook_in", d_sae: int = LATENTS, k: int = K, scaling: Any = "none"
+) -> TopK:
     """A random transcoder with non-zero biases whose activations are of the model's size, as if loaded from a run."""
     generator = torch.Generator().manual_seed(1000 * seed + layer)
-    transcoder = TopK(TopKConfig(d_sae=d_sae, k=k), WIDTH, WIDTH).double()
+    transcoder = TopK(TopKConfig(d_sae=d_sae, k=k, scaling=scaling), WIDTH, WIDTH).double()
     with torch.no_grad():
         for name, scale in {"W_enc": 0.3, "b_enc": 0.2, "W_dec": 0.2, "b_dec": 0.1}.items():
             weight = getattr(transcoder, name)

@@ -228,9 +228,15 @@ def test_a_transcoder_of_another_width_is_refused(case) -> None:
 
 
 def test_a_dictionary_whose_codes_are_not_its_preactivations_is_refused(case) -> None:
-    scaled = make_transcoder(0, seed=1)
-    scaled.input_scale.fill_(2)
+    scaled = make_transcoder(0, seed=1, scaling="mean_square")
+    scaled.input_scaling.scale.fill_(2)
     assert "are not W_enc x + b_enc" in refused(case, {0: scaled})
+
+
+@pytest.mark.parametrize("scaling", ["per_token", "layer_norm"])
+def test_a_dictionary_that_scales_each_row_is_refused(case, scaling) -> None:
+    row_wise = make_transcoder(0, seed=1, scaling=scaling)
+    assert f"divides each input by a scale of its own (scaling {scaling})" in refused(case, {0: row_wise.fold()})
 
 
 def test_a_model_built_otherwise_is_refused(case) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from activation_store.errors import UserError
 from dictlearn.dictionaries.base import Update
 from dictlearn.dictionaries.configs import ICFLConfig
-from dictlearn.dictionaries.icfl import ICFL, RIDGE, whitening
+from dictlearn.dictionaries.icfl import ICFL, RIDGE
 from dictlearn.testing.dictionary import DictionaryTests
 
 
@@ -89,19 +87,6 @@ class TestICFL(DictionaryTests):
         with torch.no_grad():
             dictionary.atoms[1:] = dictionary.atoms[0]
         assert torch.isfinite(dictionary(self.data(False)[0])).all()
-
-
-def test_whitening_gives_control_rows_zero_mean_and_unit_covariance():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(5000, 6, generator=generator, dtype=torch.float64) @ torch.randn(
-        6, 6, generator=generator, dtype=torch.float64
-    )
-    rows = rows + 10
-    control = SimpleNamespace(mean=rows.mean(dim=0).numpy(), second_moment=(rows.T @ rows / len(rows)).numpy())
-    whiten, unwhiten = whitening(control, shrinkage=0.0)
-    white = (rows - rows.mean(dim=0)) @ whiten
-    torch.testing.assert_close(white.T @ white / len(white), torch.eye(6, dtype=torch.float64), atol=1e-8, rtol=0)
-    torch.testing.assert_close(whiten @ unwhiten, torch.eye(6, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(
