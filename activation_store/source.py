@@ -45,6 +45,8 @@ class ActivationSource(Protocol):
 
     split: str
 
+    part_of_batch: tuple[int, int]
+
     @property
     def manifest(self) -> Manifest:
         """Of the store that holds the rows, or would hold them: hooks, provenance, fingerprint."""
@@ -82,6 +84,9 @@ class ActivationSource(Protocol):
     def reset(self) -> None:
         """Back to the first batch of epoch 0."""
 
+    def last_rows(self) -> np.ndarray:
+        """Numbers of the rows delivered last, int64 (n,)."""
+
     def mixing(self, batches: int = 8) -> Mixing:
         """How well batches are mixed."""
 
@@ -100,6 +105,8 @@ class BatchSource(ABC):
 
     Attributes:
         left_out: how many rows of the split each part of the filter left out, of those the parts before it let pass.
+        part_of_batch: (which, of how many): the part of every batch's rows that is delivered here. Batches, and so
+            positions, are the same whatever it is. (0, 1) to begin with.
         order, first_order: of all epochs but the first, and of the first.
     """
 
@@ -132,6 +139,7 @@ class BatchSource(ABC):
         self.dtype = dtype
         self.threads = threads
         self.prefetch = prefetch
+        self.part_of_batch = (0, 1)
         self._epoch = 0
         self._batch = 0
         self._iteration = 0
@@ -238,6 +246,14 @@ class BatchSource(ABC):
         self._iteration += 1
         self._epoch = self._batch = 0
 
+    def last_rows(self) -> np.ndarray:
+        """Numbers of the rows delivered last, in their order."""
+        return self._own_part(self.epoch(self._epoch).batch(self._batch - 1))
+
+    def _own_part(self, rows: np.ndarray) -> np.ndarray:
+        part, parts = self.part_of_batch
+        return rows[len(rows) * part // parts : len(rows) * (part + 1) // parts]
+
     def _identity(self) -> dict[str, Any]:
         """What a position is a position in, as JSON. A value of None says the same as no value."""
         return {
@@ -290,8 +306,8 @@ class BatchSource(ABC):
             ahead.stop()
 
     def _plan(self, epoch: int, batch: int, stopping: threading.Event) -> Iterator[Planned]:
-        for place in self.rows_from(epoch, batch):
-            planned = Planned(*place)
+        for at_epoch, at_batch, rows in self.rows_from(epoch, batch):
+            planned = Planned(at_epoch, at_batch, self._own_part(rows))
             self._prepare(planned, stopping)
             if stopping.is_set():
                 return

@@ -74,6 +74,11 @@ def refuse_dry_run(call: LongCall[Any], verb: str) -> LongCall[Any]:
     return call
 
 
+def leads() -> bool:
+    """Whether this process speaks: under torchrun, rank 0 does for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(call: Call[Any], result: Any, show: Callable[[Any], None]) -> None:
     """A dataclass as JSON, or drawn by ``show``."""
     if call.json:
@@ -96,7 +101,7 @@ def harvest(args: list[str]) -> None:
         say(call, describe(config), reports.plan)
         return
     location = run(config, terminal.TerminalProgress())
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, rank 0 speaks for all
+    if not leads():
         return
     from activation_store.store import open_store
 
@@ -106,28 +111,44 @@ def harvest(args: list[str]) -> None:
 
 def train(args: list[str]) -> None:
     from dictlearn.dictionaries import config_class
+    from dictlearn.sweep import is_sweep
     from dictlearn.training.command import TrainConfig, check, config_from_yaml, run_train
 
     default = None
     if args and not args[0].startswith("-"):
+        if is_sweep(args[0]):
+            return train_sweep(args[0], args[1:])
         default, args = config_from_yaml(args[0]), args[1:]
     kind, args = take_option(args, "--kind", default.dictionary.kind if default else "topk")
     about = (
-        "Fit one dictionary to a store's training documents. Name a CONFIG.yaml first, options after it override; "
-        "or give everything by options, beginning with --kind topk (default) or --kind icfl."
+        "Fit one dictionary to a store's training documents, or many that read each batch once. Name a CONFIG.yaml "
+        "first, options after it override; or give everything by options, beginning with --kind topk (default) or "
+        "--kind icfl. A SWEEP.yaml, which has a grid or a list, trains all its runs together (docs/training.md)."
     )
     call = parse("train", TrainConfig[config_class(kind)], args, default, about)  # type: ignore[misc]
     workspace = Workspace(call.workspace)
+    plan = check([call.config], workspace).plan
     if call.dry_run:
-        say(call, check(call.config, workspace)[2], reports.plan)
+        say(call, plan, reports.plan)
         return
-    plan = check(call.config, workspace)[2]
-    if not plan.well_mixed:
+    if not plan.well_mixed and leads():
         terminal.print_line(plan.mixing)
-    files = run_train(call.config, workspace, terminal.TerminalProgress())
-    last = files.last_metrics()
-    say_last = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_share") if name in last)
-    terminal.print_line(f"{files.dictionary}: step {last['step']:,}, {say_last}.")
+    files = run_train(call.config, workspace, terminal.TerminalProgress(), terminal.print_line)
+    if leads():
+        reports.trained([files])
+
+
+def train_sweep(path: str, args: list[str]) -> None:
+    from dictlearn.sweep import plan, read_sweep, run_sweep
+
+    call = parse("train SWEEP.yaml", SweepConfig, args)
+    workspace, sweep = Workspace(call.workspace), read_sweep(path)
+    if call.dry_run:
+        say(call, plan(sweep, workspace), reports.plan)
+        return
+    run_sweep(sweep, workspace, terminal.TerminalProgress(), terminal.print_line)
+    if leads():
+        reports.trained([workspace.run(config.name) for config in sweep.configs])
 
 
 def evaluate(args: list[str]) -> None:
@@ -200,7 +221,7 @@ def demo(args: list[str]) -> None:
 VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (demo, "run the whole line on the bundled language model"),
     "harvest": (harvest, "cache a language model's activations in a store"),
-    "train": (train, "fit a dictionary to a store"),
+    "train": (train, "fit a dictionary to a store, or many at once"),
     "evaluate": (evaluate, "measure a trained dictionary on held-out documents"),
     "index": (index, "index every activation of a dictionary's features"),
     "show": (show, "print one feature's page: numbers, examples, logits, neighbours"),
@@ -211,6 +232,11 @@ VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train all runs that a file describes, each batch read once; what is in the file cannot be given by options."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dictlearn.feature_index.strips import TokenStrip
     from dictlearn.metrics.command import Evaluation
     from dictlearn.store_commands import FileWritten, Removal, Sample, StoreInfo, StoreMade, Verified
+    from dictlearn.workspace import RunFiles
 
 
 def plan(planned: Any) -> None:
@@ -135,6 +136,24 @@ def _loss(removal: Removal) -> str:
         return f"{bytes_in_words(lost.bytes)} ({lost.problem})"
     unfinished = "" if lost.complete else ", unfinished"
     return f"{bytes_in_words(lost.bytes)}, {lost.rows:,} rows of {', '.join(lost.hooks)}{unfinished}"
+
+
+TRAINED = ("loss", "fvu", "l0", "dead_share")
+"""The numbers of a run's last batch that are printed."""
+
+
+def trained(runs: Sequence[RunFiles]) -> None:
+    """One run in a line, several in a table."""
+    last = [run.last_metrics() for run in runs]
+    if len(runs) == 1:
+        numbers = ", ".join(f"{name} {last[0][name]:.4g}" for name in TRAINED if name in last[0])
+        print_line(f"{runs[0].dictionary}: step {last[0]['step']:,}, {numbers}.")
+        return
+    rows = [
+        [run.name, line["step"], *(line.get(name, "") for name in TRAINED)]
+        for run, line in zip(runs, last, strict=True)
+    ]
+    print_table("Runs of the sweep, at the last batch", ["run", "step", *TRAINED], rows)
 
 
 def evaluations(measured: Sequence[Evaluation]) -> None:

@@ -1,8 +1,9 @@
 """The workspace: a folder that holds what belongs together. This file alone names what is in it.
 
     stores/<name>.zarr      activation stores
-    runs/<name>/            config.yaml, metrics.jsonl, checkpoint.pt, dictionary/, evaluation.json, and when asked for
+    runs/<name>/            config.yaml, metrics.jsonl, checkpoints/, dictionary/, evaluation.json, and when asked for
                             tensorboard/, wandb/ and wandb_id.txt
+    sweeps/<name>/          sweep.yaml; checkpoints/, which cover all runs of the sweep
     indexes/<name>.zarr     feature indexes
     graphs/<name>.json      attribution graphs
     notes.sqlite            what a person wrote about features
@@ -59,8 +60,8 @@ class RunFiles:
         return self.folder / "training.lock"
 
     @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     @property
     def dictionary(self) -> Path:
@@ -86,6 +87,21 @@ class RunFiles:
 
 
 @dataclass(frozen=True)
+class SweepFiles:
+    """The files of a sweep; its runs have folders of their own."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "sweep.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
 class Workspace:
     """Paths by kind and name. Making one touches nothing on disk."""
 
@@ -100,6 +116,9 @@ class Workspace:
 
     def run(self, name: str) -> RunFiles:
         return RunFiles(self._path("runs", name, ""))
+
+    def sweep(self, name: str) -> SweepFiles:
+        return SweepFiles(self._path("sweeps", name, ""))
 
     def index(self, name: str) -> Path:
         return self._path("indexes", name, ".zarr")

@@ -1,77 +1,47 @@
-"""What the command line can ask of training, and the refusals that need no torch."""
+"""What `dictlearn train` does with a configuration: the refusals and the plan, which need no torch, and the run."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from activation_store.errors import UserError
-from activation_store.filters import RowFilter
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
 from activation_store.seeds import derive_seed
+from dictlearn.training.configs import (
+    OptimiserConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from dictlearn.training.memory import estimate
+from dictlearn.training.records import check_writers
 from dictlearn.workspace import RunFiles, Workspace
 
 if TYPE_CHECKING:
     from activation_store.store import Store
 
-DictionaryConfig = TypeVar("DictionaryConfig")
+__all__ = [
+    "OptimiserConfig",
+    "TrainConfig",
+    "TrainPlan",
+    "check",
+    "config_from_yaml",
+    "config_to_dict",
+    "read_yaml",
+    "run_train",
+    "train_group",
+]
 
 
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """Adam (0.9, 0.999), linear warm-up, constant, linear decay to zero at the end."""
-
-    learning_rate: float | None = None
-    """Peak learning rate; 2e-4 / sqrt(d_sae / 16384) when not given (Gao et al. 2024; the rule most trainers use)."""
-    warm_up_steps: int = 1000
-    """Steps of linear warm-up; at most a tenth of the run."""
-    decay_share: float = 0.2
-    """Share of the run, at its end, over which the rate falls to zero."""
-    gradient_clip: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
+Notify = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class TrainConfig(Generic[DictionaryConfig]):
-    """Fit one dictionary to the rows of a store's training documents."""
-
-    name: str
-    """Name of the run; it becomes a folder in the workspace."""
-    store: str
-    """Name or path of the activation store."""
-    hook: str
-    """Hook whose activation is encoded, such as blocks.2.hook_resid_post."""
-    dictionary: DictionaryConfig
-    """The dictionary and its numbers."""
-    target_hook: str | None = None
-    """Hook to predict; a transcoder when given, an autoencoder of `hook` when not."""
-    control_store: str | None = None
-    """Store whose mean and covariance centre and whiten the activations; `store` itself when not given."""
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    """Learning rate and schedule."""
-    batch_size: int = 4096
-    """Rows (tokens) per step."""
-    steps: int | None = None
-    """Steps to take; one pass over the training rows when not given."""
-    buffer_rows: int = 262_144
-    """Rows in the mixing buffer that batches are drawn from."""
-    row_filter: RowFilter = field(default_factory=RowFilter)
-    """Rows to train on, of the store's training documents."""
-    follow: bool = False
-    """Train on a store that is still being harvested, waiting for its rows; statistics come from the first of them."""
-    verify_reads: bool = False
-    """Compare every file of the store with its checksum before anything of it is used."""
-    seed: int = 0
-    """Decides the initial weights and the order of rows."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; an interrupted run continues at the last one."""
-    device: str = "cpu"
-    """Device to train on."""
+def _nobody(sentence: str) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -88,54 +58,95 @@ class TrainPlan:
     well_mixed: bool
 
 
-def check(config: TrainConfig[Any], workspace: Workspace) -> tuple[Loader, Store, TrainPlan]:
-    """The training rows, the store whose statistics are used, and the plan: all that needs no torch.
+@dataclass(frozen=True)
+class Checked:
+    """A group of runs that may begin: the rows, what has the statistics of each run, and the plan."""
+
+    loader: Loader
+    controls: list[Store]
+    plan: TrainPlan
+
+
+def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
+    """Everything about runs that read the same batches that can be said, or refused, without torch.
 
     Raises:
-        UserError: an unknown store or hook, widths that cannot be, a name in use by a different run.
+        UserError: an unknown store or hook, widths that cannot be, a name in use by a different run, settings that
+            runs of one group cannot differ in.
     """
     from activation_store.store import open_store
 
-    store = open_store(workspace.existing_store(config.store), verify_reads=config.verify_reads)
+    first = configs[0]
+    for config in configs[1:]:
+        for name in TrainConfig.SHARED:
+            if getattr(config, name) != getattr(first, name):
+                raise UserError(
+                    f"{config.name!r} has {name} {getattr(config, name)!r} and {first.name!r} has "
+                    f"{getattr(first, name)!r}; runs that read the same batches cannot differ in it."
+                )
+        if config.seed_of_order != first.seed_of_order:
+            raise UserError(f"{config.name!r} and {first.name!r} differ in order_seed; give one for all.")
+    store = open_store(workspace.existing_store(first.store), verify_reads=first.verify_reads)
+    controls, widths = [], []
+    for config in configs:
+        widths.append(_check_widths(config, store))
+        controls.append(_control(config, store, workspace))
+    for name in ("batch_size", "accumulate", "buffer_rows", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for config in configs:
+            if getattr(config, name) < 1:
+                raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    check_writers(first.tensorboard, first.wandb)
+    loader = open_loader(configs, store)
+    rows, mixing = loader.rows, loader.mixing()
+    steps = rows // first.batch_size if first.steps is None else first.steps
+    if steps < 1:
+        raise UserError(f"steps is {steps}; it must be at least 1.")
+    parameters = sum(
+        config.dictionary.d_sae * (d_in + d_out + 1) + d_out
+        for config, (d_in, d_out) in zip(configs, widths, strict=True)
+    )
+    memory = estimate(configs, widths).total + 4 * first.buffer_rows * sum(loader.d(hook) for hook in loader.hooks)
+    passes = steps * first.batch_size / rows
+    return Checked(loader, controls, TrainPlan(rows, steps, passes, parameters, memory, str(mixing), mixing.well_mixed))
+
+
+def _check_widths(config: TrainConfig[Any], store: Store) -> tuple[int, int]:
+    """(d_in, d_out); refuses what no dictionary or optimiser could be."""
     d_in = _width(store, config.hook)
     d_out = d_in if config.target_hook is None else _width(store, config.target_hook)
     if config.target_hook == config.hook:
         raise UserError(f"target_hook is {config.hook!r}, the same as hook; leave it out to train an autoencoder.")
     config.dictionary.check(d_in, d_out)
+    config.optimiser.check()
+    return d_in, d_out
+
+
+def _control(config: TrainConfig[Any], store: Store, workspace: Workspace) -> Store:
+    from activation_store.store import open_store
+
     control = store if config.control_store is None else open_store(workspace.existing_store(config.control_store))
-    if _width(control, config.hook) != d_in or _model(control) != _model(store):
+    if _width(control, config.hook) != store.d(config.hook) or _model(control) != _model(store):
         raise UserError(
             f"The control store {config.control_store!r} was not made by the model of {config.store!r}; name a "
             "store of the same model that holds the same hook."
         )
-    for name in ("batch_size", "buffer_rows", "log_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    loader = open_loader(config, store)
-    rows, mixing = loader.rows, loader.mixing()
-    steps = rows // config.batch_size if config.steps is None else config.steps
-    if steps < 1:
-        raise UserError(f"steps is {steps}; it must be at least 1.")
-    parameters = config.dictionary.d_sae * (d_in + d_out + 1) + d_out
-    hooks = d_in + (d_out if config.target_hook else 0)
-    memory = 4 * (4 * parameters + config.buffer_rows * hooks + 2 * config.batch_size * config.dictionary.d_sae)
-    passes = steps * config.batch_size / rows
-    return loader, control, TrainPlan(rows, steps, passes, parameters, memory, str(mixing), mixing.well_mixed)
+    return control
 
 
-def open_loader(config: TrainConfig[Any], store: Store) -> Loader:
-    """The training rows of a store, in the run's own order."""
-    hooks = [config.hook] if config.target_hook is None else [config.hook, config.target_hook]
+def open_loader(configs: Sequence[TrainConfig[Any]], store: Store) -> Loader:
+    """The training rows of a store, with the hooks of all runs, in the order that the first run's seed says."""
+    first = configs[0]
+    hooks = [hook for config in configs for hook in (config.hook, config.target_hook) if hook is not None]
     return Loader(
         store,
         hooks,
-        config.batch_size,
+        first.batch_size,
         split="train",
-        seed=derive_seed(config.seed, "order of rows"),
-        buffer_rows=config.buffer_rows,
-        row_filter=config.row_filter,
-        follow=config.follow,
-        device=config.device,
+        seed=derive_seed(first.seed_of_order, "order of rows"),
+        buffer_rows=first.buffer_rows,
+        row_filter=first.row_filter,
+        follow=first.follow,
+        device=first.device,
     )
 
 
@@ -152,21 +163,55 @@ def _model(store: Store) -> str:
     return store.manifest.provenance["model"]["fingerprint"]
 
 
-def run_train(config: TrainConfig[Any], workspace: Workspace, progress: Progress | None = None) -> RunFiles:
-    """Train, or continue, or return at once when the run is finished already."""
-    loader, control, plan = check(config, workspace)
-    from dictlearn.training.loop import train
+def run_train(
+    config: TrainConfig[Any], workspace: Workspace, progress: Progress | None = None, notify: Notify = _nobody
+) -> RunFiles:
+    """Train one run, or continue it, or return at once when it is finished already."""
+    files = workspace.run(config.name)
+    train_group([config], workspace, files.checkpoints, None, progress, notify)
+    return files
 
-    # The statistics of a store come with its last row: of one that is followed the loader has an estimate.
-    has_statistics = loader if config.follow and config.control_store is None else control
-    return train(config, plan.steps, loader, has_statistics, workspace.run(config.name), progress or NoProgress())
 
+def train_group(
+    configs: Sequence[TrainConfig[Any]],
+    workspace: Workspace,
+    checkpoints: Path,
+    sweep: str | None = None,
+    progress: Progress | None = None,
+    notify: Notify = _nobody,
+) -> None:
+    """Train runs that read each batch together.
 
-def config_to_dict(config: TrainConfig[Any]) -> dict[str, Any]:
-    """Plain values for YAML, the dictionary's kind included."""
-    record = json.loads(json.dumps(asdict(config)))  # with lists for tuples, as YAML gives them back
-    record["dictionary"] = {"kind": config.dictionary.kind, **record["dictionary"]}
-    return record
+    Args:
+        notify: told what a person should know meanwhile: a damaged checkpoint, a run of several that stopped.
+    """
+    checked = check(configs, workspace)
+    from dictlearn.dictionaries import dictionary_class
+    from dictlearn.training import parallel
+    from dictlearn.training.loop import Run, train
+
+    for config in configs:
+        kind = dictionary_class(config.dictionary.kind)
+        parallel.refuse_what_cannot_be_shared(config, splits_latents=bool(kind.latent_tensors))
+    processes = parallel.join(configs[0])
+    try:
+        loader = checked.loader
+        loader.device = processes.device
+        loader.part_of_batch = processes.data_part
+        runs = [
+            # The statistics of a store come with its last row: of one that is followed the loader has an estimate.
+            Run(
+                config,
+                workspace.run(config.name),
+                loader if config.follow and config.control_store is None else control,
+                sweep,
+            )
+            for config, control in zip(configs, checked.controls, strict=True)
+        ]
+        shown = progress if progress is not None and processes.leads else NoProgress()
+        train(runs, checked.plan.steps, loader, checkpoints, shown, notify if processes.leads else _nobody, processes)
+    finally:
+        processes.close()
 
 
 def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
@@ -175,10 +220,14 @@ def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
     Raises:
         UserError: no such file, not YAML, or a value that does not fit.
     """
-    import yaml
-    from pydantic import TypeAdapter, ValidationError
+    record = read_yaml(path)
+    record.pop("sweep", None)  # whose member a run is decides nothing about it
+    return config_from_dict(record, repr(str(path)))
 
-    from dictlearn.dictionaries import config_class
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a file. Raises UserError when there is none, or it holds something else."""
+    import yaml
 
     path = Path(path)
     if not path.exists():
@@ -189,28 +238,4 @@ def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
         raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(record, dict):
         raise UserError(f"{str(path)!r} holds no configuration; it should be keys and values such as 'name: sae'.")
-    nested = dict(record.get("dictionary") or {})
-    kind = nested.pop("kind", "topk")
-    try:
-        _refuse_unknown_keys(path, "", record, TrainConfig)
-        _refuse_unknown_keys(path, "dictionary.", nested, config_class(kind))
-        _refuse_unknown_keys(path, "optimiser.", record.get("optimiser") or {}, OptimiserConfig)
-        record["dictionary"] = TypeAdapter(config_class(kind)).validate_python(nested)
-        complete: Any = TrainConfig[config_class(kind)]  # type: ignore[misc]
-        return TypeAdapter(complete).validate_python(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{str(path)!r}: {where}: {first['msg']} (found {first['input']!r}).") from error
-
-
-def _refuse_unknown_keys(path: Path, prefix: str, record: dict[str, Any], cls: type) -> None:
-    from dataclasses import fields
-    from difflib import get_close_matches
-
-    known = [f.name for f in fields(cls)]
-    for key in record:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(known)}."
-            raise UserError(f"{str(path)!r} has an unknown key {prefix}{key}; {hint}")
+    return record

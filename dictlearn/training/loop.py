@@ -1,16 +1,19 @@
-"""Fit one dictionary to the rows of a store, or of a live model.
+"""Fit dictionaries to the rows of a store, or of a live model: one, or many that read each batch once.
 
-A step is: batch, loss (encode, decode, terms), backward, projection, clip, optimise, constrain, count, log. A run that
-is killed and started again continues at its last checkpoint and then equals, bit for bit on the same machine, the run
-that was never killed: weights, moments, the loader's position, random streams and counters are all in the checkpoint,
-and the metrics file is cut back to it.
+A step is in `dictlearn.training.step`; here is what is around it: batches, logging, checkpoints, interruption. A run
+that is killed and started again continues at its last checkpoint and then equals, bit for bit on the same machine, the
+run that was never killed: weights, moments, the loader's position, random streams and counters are all in the
+checkpoint, and the metrics file is cut back to it. A member whose loss is no longer finite stops; the others go on.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,158 +25,212 @@ from activation_store.progress import Progress
 from activation_store.seeds import derive_seed
 from activation_store.source import ActivationSource
 from activation_store.store import Store
+from dictlearn import ops
 from dictlearn.dictionaries import dictionary_class
-from dictlearn.dictionaries.base import Dictionary, Loss, Update
+from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import save
-from dictlearn.training.command import OptimiserConfig, TrainConfig, config_to_dict
-from dictlearn.training.records import open_record
+from dictlearn.training.checkpoint import Checkpoints, Progressed, put_back
+from dictlearn.training.configs import TrainConfig, config_from_dict, config_to_dict
+from dictlearn.training.interruption import Interruption, TrainingInterrupted
+from dictlearn.training.memory import estimate, what_to_lower
+from dictlearn.training.optimisers import Average, Optimiser
+from dictlearn.training.parallel import Processes, keep_latents
+from dictlearn.training.records import Record, open_record
+from dictlearn.training.step import Member, NotFinite, Step
+from dictlearn.training.together import Together
 from dictlearn.workspace import RunFiles
 
 INITIAL_ROWS = 16_384
 """Rows that data-dependent initialisation looks at: enough for a geometric median at any width in use."""
 
 
-@dataclass
-class TrainState:
-    """All that a checkpoint holds."""
+@dataclass(frozen=True)
+class Run:
+    """A run to be trained.
 
-    step: int
-    dictionary: Dictionary
-    optimiser: torch.optim.Optimizer
-    loader: ActivationSource
-    generator: torch.Generator
+    Attributes:
+        control: what has the statistics that centre and whiten, for dictionaries that do.
+        sweep: name of the sweep it belongs to.
+    """
 
-    def save(self, files: RunFiles) -> None:
-        record = {
-            "step": self.step,
-            "dictionary": self.dictionary.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "loader": self.loader.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-        temporary = files.checkpoint.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, files.checkpoint)
-
-    def load(self, files: RunFiles) -> None:
-        try:
-            record = torch.load(files.checkpoint, weights_only=True)
-            self.dictionary.load_state_dict(record["dictionary"])
-            self.optimiser.load_state_dict(record["optimiser"])
-            self.loader.load_state_dict(record["loader"])
-            self.generator.set_state(record["generator"])
-            self.step = record["step"]
-        except UserError:
-            raise
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise UserError(
-                f"The checkpoint {str(files.checkpoint)!r} cannot be read ({str(error).splitlines()[0]}); "
-                "delete it to start the run again from its first step."
-            ) from error
+    config: TrainConfig[Any]
+    files: RunFiles
+    control: Store | ActivationSource
+    sweep: str | None = None
 
 
 def train(
-    config: TrainConfig[Any],
+    runs: Sequence[Run],
     steps: int,
     loader: ActivationSource,
-    control: Store | ActivationSource,
-    files: RunFiles,
+    folder: Path,
     progress: Progress,
-) -> RunFiles:
-    """Train to ``steps`` and save the folded dictionary; a finished run is returned as it is.
+    notify: Callable[[str], None] = lambda sentence: None,
+    processes: Processes | None = None,
+) -> None:
+    """Train all runs to ``steps`` and save their folded dictionaries; finished runs are returned as they are.
 
-    ``control`` is what has the statistics that centre and whiten, for dictionaries that do.
+    Args:
+        runs: with the same settings of what they share (`TrainConfig.SHARED`); ``loader`` delivers all their hooks.
+        folder: of the checkpoints, which cover all runs.
+        notify: told what a person should know meanwhile: a damaged checkpoint, a run of several that stopped.
+
+    Raises:
+        UserError: a name in use by another configuration; no run that goes on; too little memory.
+        TrainingInterrupted: on Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    claim(config, files)
-    if files.dictionary.exists():
-        return files
-    state = build(config, loader, control)
-    if files.checkpoint.exists():
-        state.load(files)
+    processes = processes or Processes()
+    shared = runs[0].config
+    if processes.leads:
+        for run in runs:
+            claim(run)
+    processes.wait()
+    checkpoints = Checkpoints(
+        folder,
+        shared.keep_checkpoints,
+        *processes.latent_part,
+        writes=processes.data_part[0] == 0,
+        leads=processes.leads,
+        wait=processes.wait,
+    )
+    if all(run.files.dictionary.exists() for run in runs):
+        checkpoints.remove()
+        return
+    ops.set_backend(shared.ops)
+    first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
+    members = [build(run, first, loader, processes) for run in runs]
+    step = checkpoints.restore(members, loader.load_state_dict, notify)
+    position, saved = loader.state_dict(), step
 
-    dictionary, optimiser = state.dictionary, state.optimiser
-    with (
-        open_record(files, state.step, tensorboard=False, wandb=None, config=config_to_dict(config)) as record,
-        progress.task(f"training {config.name}", total=steps * config.batch_size, unit="tokens") as task,
-    ):
-        task.advance(state.step * config.batch_size)
-        batches = iter(state.loader)
-        started, first_step = time.perf_counter(), state.step
-        while state.step < steps:
-            rows = next(batches)
-            x, target = rows[config.hook], rows.get(config.target_hook or "")
-            set_learning_rate(optimiser, config, state.step, steps)
-            dictionary.schedule(state.step, steps)
-            loss = dictionary.loss(x, target)
-            refuse_nonfinite(loss, state.step, config.name)
-            optimiser.zero_grad(set_to_none=True)
-            loss.total.backward()
-            dictionary.project_gradients()
-            gradient_norm = clip(dictionary, config.optimiser)
-            optimiser.step()
-            extras = dictionary.after_update(Update(optimiser, state.step, steps, state.generator, x, target, loss))
-            dictionary.observe(loss.codes)
-            state.step += 1
+    with ExitStack() as opened:
+        records = [opened.enter_context(record) for record in open_records(runs, step, processes)]
+        task = opened.enter_context(progress.task(title(runs), total=steps * shared.batch_size, unit="tokens"))
+        together = opened.enter_context(Together(len(runs), not processes.device.startswith("cuda"), processes.several))
+        interruption = opened.enter_context(Interruption(only_asked=processes.several))
+        opened.enter_context(explained(runs, loader, processes))
+        task.advance(step * shared.batch_size)
+        batches = iter(loader)
+        started, first_step = time.perf_counter(), step
+        try:
+            while step < steps and any(member.stopped is None for member in members):
+                rows = next(batches)
+                with interruption.put_off():
+                    going = [number for number, member in enumerate(members) if member.stopped is None]
+                    results = together.take_step(
+                        [members[number].member for number in going],
+                        [(runs[number].config.hook, runs[number].config.target_hook) for number in going],
+                        rows,
+                        step,
+                        steps,
+                    )
+                    step += 1
+                    position = loader.state_dict()
+                    found = dict(zip(going, results, strict=True))
+                    lines = stopped_members(runs, members, found, step, loader, notify)
+                    if step % shared.log_every == 0 or step == steps:
+                        wall = time.perf_counter() - started
+                        rate = (step - first_step) * shared.batch_size / max(wall, 1e-9)
+                        numbers = measured(runs, members, found, rows, step)
+                        if numbers:
+                            task.advance(0, **summary(list(numbers.values()), len(runs)))
+                        walls = {"wall_seconds": wall, "wall_tokens_per_second": rate}
+                        lines |= {number: line | walls for number, line in numbers.items()}
+                    for number, line in lines.items():
+                        if records:
+                            records[number].write(line)
+                    task.advance(shared.batch_size)
+                    if step % shared.checkpoint_every == 0 and step < steps:
+                        checkpoints.save(step, position, members)
+                        saved = step
+                if processes.any(interruption.asked):
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if saved < step < steps:
+                checkpoints.save(step, position, members)
+            raise TrainingInterrupted(
+                f"Interrupted after step {step:,} of {steps:,}, of which there is a checkpoint; the same command "
+                "continues from there."
+            ) from None
 
-            if state.step % config.log_every == 0 or state.step == steps:
-                line = measure(state, config, loss, x if target is None else target) | extras
-                line["gradient_norm"] = float(gradient_norm)
-                line["wall_seconds"] = time.perf_counter() - started
-                line["wall_tokens_per_second"] = (
-                    (state.step - first_step) * config.batch_size / max(line["wall_seconds"], 1e-9)
-                )
-                record.write(line)
-                task.advance(0, loss=line["loss"], FVU=line["fvu"], L0=line["l0"], dead=line["dead_share"])
-            if state.step % config.checkpoint_every == 0 and state.step < steps:
-                state.save(files)
-            task.advance(config.batch_size)
-
-    save(dictionary, files.dictionary)
-    files.checkpoint.unlink(missing_ok=True)
-    return files
+        stopped = [member.stopped for member in members if member.stopped is not None]
+        if len(stopped) == len(runs):
+            others = f"All {len(runs)} runs have stopped. The first: " if len(runs) > 1 else ""
+            raise UserError(f"{others}{stopped[0]}")
+        finish(runs, members, checkpoints, step, position, processes)
 
 
-def claim(config: TrainConfig[Any], files: RunFiles) -> None:
+def title(runs: Sequence[Run]) -> str:
+    return f"training {runs[0].config.name}" if len(runs) == 1 else f"training {len(runs)} runs of {runs[0].sweep}"
+
+
+def summary(lines: Sequence[dict[str, Any]], runs: int) -> dict[str, Any]:
+    """What the progress shows: the numbers of a run; of several, how many go on and the range of each number."""
+    shown = {"loss": "loss", "FVU": "fvu", "L0": "l0", "dead": "dead_share"}
+    if runs == 1:
+        return {name: lines[0][key] for name, key in shown.items()}
+    ranges = {name: sorted(line[key] for line in lines) for name, key in shown.items()}
+    return {"runs": f"{len(lines)}/{runs}"} | {n: f"{values[0]:.3g}..{values[-1]:.3g}" for n, values in ranges.items()}
+
+
+def claim(run: Run) -> None:
     """Write the configuration, or refuse a folder that belongs to a run of another configuration."""
-    record = config_to_dict(config)
+    record, files = config_to_dict(run.config), run.files
     if files.config.exists():
-        there = yaml.safe_load(files.config.read_text())
-        differing = [key for key in record if there.get(key) != record[key]]
+        found = yaml.safe_load(files.config.read_text())
+        found.pop("sweep", None)
+        there = config_to_dict(config_from_dict(found, str(files.config)))  # what it does not say is as by default
+        differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
         if differing:
             key = differing[0]
             raise UserError(
-                f"The run {files.name!r} exists with another configuration ({key}: {there.get(key)!r}, "
+                f"The run {files.name!r} exists with another configuration ({key}: {there[key]!r}, "
                 f"now {record[key]!r}); choose another name, or delete the old run."
             )
         return
     files.folder.mkdir(parents=True, exist_ok=True)
     temporary = files.config.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+    temporary.write_text(yaml.safe_dump(record | ({"sweep": run.sweep} if run.sweep else {}), sort_keys=False))
     os.replace(temporary, files.config)
 
 
-def build(config: TrainConfig[Any], loader: ActivationSource, control: Store | ActivationSource) -> TrainState:
-    """Initialised dictionary and optimiser, before the first step."""
+def build(run: Run, first: dict[str, Tensor], loader: ActivationSource, processes: Processes) -> Progressed:
+    """Initialised from the ``first`` rows, before the first step; every process keeps its part of the latents."""
+    config = run.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "dictionary") % 2**63)
-    d_out = None if config.target_hook is None else loader.d(config.target_hook)
-    dictionary = dictionary_class(config.dictionary.kind)(config.dictionary, loader.d(config.hook), d_out)
+    dictionary = empty(config, loader)
     dictionary.provenance = provenance(config, loader)
-    first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
     dictionary.initialise(
-        first[config.hook], first.get(config.target_hook or ""), generator, control.statistics(config.hook)
+        first[config.hook], first.get(config.target_hook or ""), generator, run.control.statistics(config.hook)
     )
-    dictionary.to(config.device)
-    optimiser = torch.optim.Adam(
-        [parameter for parameter in dictionary.parameters() if parameter.requires_grad],
-        lr=peak_learning_rate(config),
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        fused=True,
+    rows = processes.rows_of(dictionary.d_sae)
+    keep_latents(dictionary, rows)
+    dictionary.to(processes.device)
+    return Progressed(
+        Member(
+            config.name,
+            dictionary,
+            Optimiser(config.optimiser, dictionary),
+            generator,
+            config.optimiser.gradient_clip,
+            config.accumulate,
+            precision(config),
+            Average(config.optimiser.averaging, dictionary) if config.optimiser.averaging else None,
+        ),
+        rows,
     )
-    return TrainState(0, dictionary, optimiser, loader, generator)
+
+
+def empty(config: TrainConfig[Any], loader: ActivationSource) -> Dictionary:
+    """The dictionary with nothing in it yet."""
+    d_out = None if config.target_hook is None else loader.d(config.target_hook)
+    return dictionary_class(config.dictionary.kind)(config.dictionary, loader.d(config.hook), d_out)
+
+
+def precision(config: TrainConfig[Any]) -> str:
+    """Of the large products. On a CPU without matrix units bfloat16 is slower than float32: it has to be asked for."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if config.device.startswith("cuda") else "float32"
 
 
 def provenance(config: TrainConfig[Any], loader: ActivationSource) -> dict[str, Any]:
@@ -191,60 +248,165 @@ def provenance(config: TrainConfig[Any], loader: ActivationSource) -> dict[str, 
 
 def first_rows(loader: ActivationSource, count: int) -> dict[str, Tensor]:
     """The first rows in training order, gathered from whole batches, without moving the loader."""
-    state = loader.state_dict()
+    state, part = loader.state_dict(), loader.part_of_batch
+    loader.part_of_batch = (0, 1)  # every process initialises from the same rows
     batches, rows = [], 0
     for batch in loader:
         batches.append(batch)
         rows += len(next(iter(batch.values())))
         if rows >= count:
             break
+    loader.part_of_batch = part
     loader.load_state_dict(state)
     return {hook: torch.cat([batch[hook] for batch in batches]).cpu() for hook in batches[0]}
 
 
-def peak_learning_rate(config: TrainConfig[Any]) -> float:
-    rate = config.optimiser.learning_rate
-    return 2e-4 / (config.dictionary.d_sae / 2**14) ** 0.5 if rate is None else rate
+def open_records(runs: Sequence[Run], step: int, processes: Processes) -> list[Record]:
+    """Of every run, in the process that leads."""
+    if not processes.leads:
+        return []
+    return [
+        open_record(
+            run.files,
+            step,
+            tensorboard=run.config.tensorboard,
+            wandb=run.config.wandb,
+            config=config_to_dict(run.config) | ({"sweep": run.sweep} if run.sweep else {}),
+        )
+        for run in runs
+    ]
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig[Any], step: int, steps: int) -> None:
-    """Linear warm-up (at most a tenth of the run), constant, linear decay over the last ``decay_share``."""
-    warm_up = max(1.0, min(config.optimiser.warm_up_steps, steps / 10))
-    decay = max(1.0, steps * config.optimiser.decay_share)
-    factor = min(1.0, (step + 1) / warm_up, (steps - step) / decay)
-    for group in optimiser.param_groups:
-        group["lr"] = peak_learning_rate(config) * factor
+def stopped_members(
+    runs: Sequence[Run],
+    members: Sequence[Progressed],
+    found: Mapping[int, Step | NotFinite],
+    step: int,
+    loader: ActivationSource,
+    notify: Callable[[str], None],
+) -> dict[int, dict[str, Any]]:
+    """Stop the members whose step found a number that is not finite; returns the last line of each one's metrics."""
+    lines = {}
+    for number, result in found.items():
+        if isinstance(result, NotFinite):
+            why = not_finite(runs[number], result, step - 1, loader)
+            members[number].stop(why, step - 1)
+            lines[number] = {"step": step, "stopped": why}
+            if len(runs) > 1:
+                notify(why)
+    return lines
 
 
-def clip(dictionary: Dictionary, config: OptimiserConfig) -> Tensor:
-    """Clip the whole gradient; returns its norm before clipping."""
-    limit = config.gradient_clip if config.gradient_clip > 0 else float("inf")
-    return torch.nn.utils.clip_grad_norm_(dictionary.parameters(), limit)
-
-
-def refuse_nonfinite(loss: Loss, step: int, run: str) -> None:
-    """Stop before a NaN spreads into a checkpoint."""
-    if torch.isfinite(loss.total):
-        return
-    terms = ", ".join(f"{name} {float(value)}" for name, value in loss.terms.items())
-    raise UserError(
-        f"The loss of run {run!r} is not finite at step {step} ({terms}); the last checkpoint is kept. "
-        "Lower the learning rate, or verify the store with `dictlearn store verify`."
+def not_finite(run: Run, found: NotFinite, step: int, loader: ActivationSource) -> str:
+    """The sentence about a member that stops in step number ``step``, which updated nothing."""
+    where = ""
+    if len(found.rows):
+        rows = loader.last_rows()[found.rows.numpy()]
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        where = f", in rows {', '.join(map(str, rows[:5]))}{more} of the store"
+    return (
+        f"The loss of run {run.config.name!r} is not finite at step {step} ({found.terms}{where}); its last checkpoint "
+        "is kept. Lower the learning rate, or verify the store with `dictlearn store verify`."
     )
 
 
-@torch.no_grad()
-def measure(state: TrainState, config: TrainConfig[Any], loss: Loss, target: Tensor) -> dict[str, float]:
-    """The numbers of one line of metrics.jsonl, about one batch."""
-    deviation = (target - target.mean(dim=0)).square().sum()
-    dead_after = getattr(config.dictionary, "dead_after_rows", 10_000_000)
+def measured(
+    runs: Sequence[Run],
+    members: Sequence[Progressed],
+    found: Mapping[int, Step | NotFinite],
+    rows: Mapping[str, Tensor],
+    step: int,
+) -> dict[int, dict[str, Any]]:
+    """Of each member that goes on, the numbers of one line of metrics.jsonl, about one batch."""
     return {
-        "step": state.step,
-        "rows": state.step * config.batch_size,
-        "loss": float(loss.total),
-        **{name: float(value) for name, value in loss.terms.items()},
-        "fvu": float((target - loss.output).square().sum() / deviation),
-        "l0": float(loss.codes.l0().float().mean()),
-        "dead_share": float((state.dictionary.rows_since_fired > dead_after).float().mean()),
-        "learning_rate": state.optimiser.param_groups[0]["lr"],
+        number: measure(
+            runs[number].config,
+            members[number].member.dictionary,
+            result,
+            rows[runs[number].config.target_hook or runs[number].config.hook],
+            step,
+        )
+        for number, result in found.items()
+        if isinstance(result, Step)
     }
+
+
+@torch.no_grad()
+def measure(config: TrainConfig[Any], dictionary: Dictionary, found: Step, target: Tensor, step: int) -> dict[str, Any]:
+    """The numbers about one batch, over all processes."""
+    loss = found.loss
+    error = ops.mean_over_rows((target - loss.output).square().sum())
+    deviation = ops.mean_over_rows((target - ops.mean_over_rows(target.mean(dim=0))).square().sum())
+    dead = (dictionary.rows_since_fired > getattr(config.dictionary, "dead_after_rows", 10_000_000)).float().sum()
+    return {
+        "step": step,
+        "rows": step * config.batch_size,
+        "loss": float(ops.mean_over_rows(loss.total.detach())),
+        **{name: float(ops.mean_over_rows(value)) for name, value in loss.terms.items()},
+        "fvu": float(error / deviation),
+        "l0": float(ops.mean_over_rows(ops.total_over_latents(loss.codes.l0().float().mean()))),
+        "dead_share": float(ops.total_over_latents(dead) / config.dictionary.d_sae),
+        "learning_rate": found.learning_rate,
+        "gradient_norm": float(found.gradient_norm),
+        **found.extras,
+    }
+
+
+@contextmanager
+def explained(runs: Sequence[Run], loader: ActivationSource, processes: Processes) -> Iterator[None]:
+    """Too little memory, or another process that has gone, as a sentence."""
+    configs = [run.config for run in runs]
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error)
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if on_gpu or "can't allocate memory" in reason:
+            widths = [(loader.d(config.hook), loader.d(config.target_hook or config.hook)) for config in configs]
+            there = torch.cuda.mem_get_info()[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            lower = what_to_lower(estimate(configs, widths), there, configs[0].batch_size)
+            raise UserError(f"There is not enough memory: {lower}") from error
+        if processes.several:
+            raise UserError(
+                f"Process {processes.data_part[0]}, {processes.latent_part[0]} stops, because another one of this run "
+                f"has gone or failed ({reason.splitlines()[0]}); the same command continues at the last checkpoint."
+            ) from error
+        raise
+
+
+def finish(
+    runs: Sequence[Run],
+    members: Sequence[Progressed],
+    checkpoints: Checkpoints,
+    step: int,
+    position: dict[str, Any],
+    processes: Processes,
+) -> None:
+    """Save the dictionaries of the runs that came to their end, and let go of the checkpoints."""
+    if processes.latent_part[1] > 1:
+        checkpoints.save(step, position, members)
+    if processes.leads:
+        for run, one in zip(runs, members, strict=True):
+            if one.stopped is not None:
+                continue
+            whole = one.member if processes.latent_part[1] == 1 else assembled(run, one, checkpoints)
+            dictionary = whole.dictionary if whole.average is None else whole.average.applied(whole.dictionary)
+            save(dictionary, run.files.dictionary)
+    checkpoints.remove()
+
+
+def assembled(run: Run, one: Progressed, checkpoints: Checkpoints) -> Member:
+    """A member with the latents of all processes, from the checkpoint that they have just written."""
+    d_out = None if run.config.target_hook is None else one.member.dictionary.d_out
+    dictionary = dictionary_class(run.config.dictionary.kind)(run.config.dictionary, one.member.dictionary.d_in, d_out)
+    dictionary.provenance = one.member.dictionary.provenance
+    averaging = run.config.optimiser.averaging
+    member = Member(
+        one.member.name,
+        dictionary,
+        Optimiser(run.config.optimiser, dictionary),
+        torch.Generator(),
+        average=Average(averaging, dictionary) if averaging else None,
+    )
+    put_back(member, checkpoints.read_newest(Progressed(member, (0, dictionary.d_sae))))
+    return member

@@ -19,8 +19,9 @@ from activation_store.source import ActivationSource
 from activation_store.store import open_store
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.training import loop
+from dictlearn.training.checkpoint import Checkpoints
 from dictlearn.training.command import OptimiserConfig, TrainConfig
-from dictlearn.training.loop import TrainState, train
+from dictlearn.training.loop import Run, train
 from dictlearn.workspace import RunFiles, Workspace
 from tests.tiny_models import CORPUS_TEXT
 
@@ -71,7 +72,8 @@ def harvested(config) -> Path:
 
 def run(folder: Path, source: ActivationSource, config: TrainConfig = SAE) -> RunFiles:
     files = Workspace(folder).run(config.name)
-    return train(config, STEPS, source, source, files, NoProgress())
+    train([Run(config, files, source)], STEPS, source, files.checkpoints, NoProgress())
+    return files
 
 
 def weights(files: RunFiles) -> dict[str, torch.Tensor]:
@@ -109,15 +111,15 @@ def test_a_run_on_a_live_model_continues_bit_for_bit(tmp_path, config, monkeypat
     class Stopped(Exception):
         pass
 
-    save, saved = TrainState.save, []
+    save, saved = Checkpoints.save, []
 
-    def save_twice(self, files):
-        save(self, files)
-        saved.append(self.step)
+    def save_twice(self, step, position, members):
+        save(self, step, position, members)
+        saved.append(step)
         if len(saved) == 2:
             raise Stopped
 
-    monkeypatch.setattr(TrainState, "save", save_twice)
+    monkeypatch.setattr(Checkpoints, "save", save_twice)
     for _ in range(2):
         continued = LiveLoader(config, 100, **OF_A_SOURCE)
         continued._opened = opened  # the model, loaded: it takes seconds

@@ -1,0 +1,164 @@
+"""What can be asked of a training run. No torch here, so that a wrong number is refused before anything loads.
+
+The sentence under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from activation_store.errors import UserError
+from activation_store.filters import RowFilter
+
+DictionaryConfig = TypeVar("DictionaryConfig")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """The update rule, and how its rate runs: linear warm-up, constant, linear decay to zero at the end."""
+
+    kind: Literal["adam", "muon"] = "adam"
+    """Adam (0.9, 0.999); or Muon for the two weight matrices, with Adam for the biases."""
+    learning_rate: float | None = None
+    """Peak learning rate; 2e-4 / sqrt(d_sae / 16384) when not given (Gao et al. 2024; the rule most trainers use)."""
+    warm_up_steps: int = 1000
+    """Steps of linear warm-up; at most a tenth of the run."""
+    decay_share: float = 0.2
+    """Share of the run, at its end, over which the rate falls to zero."""
+    gradient_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    averaging: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999; the average is then what is saved. 0 keeps none."""
+
+    def check(self) -> None:
+        """Raise UserError for a number out of its range."""
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
+        if self.warm_up_steps < 0 or self.gradient_clip < 0:
+            raise UserError("warm_up_steps and gradient_clip must not be negative; 0 turns either off.")
+        if not 0 <= self.decay_share <= 1:
+            raise UserError(f"decay_share is {self.decay_share}; it is a share of the run, between 0 and 1.")
+        if not 0 <= self.averaging < 1:
+            raise UserError(f"averaging is {self.averaging}; it must be at least 0 (off) and below 1, such as 0.999.")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Generic[DictionaryConfig]):
+    """Fit one dictionary to the rows of a store's training documents."""
+
+    name: str
+    """Name of the run; it becomes a folder in the workspace."""
+    store: str
+    """Name or path of the activation store."""
+    hook: str
+    """Hook whose activation is encoded, such as blocks.2.hook_resid_post."""
+    dictionary: DictionaryConfig
+    """The dictionary and its numbers."""
+    target_hook: str | None = None
+    """Hook to predict; a transcoder when given, an autoencoder of `hook` when not."""
+    control_store: str | None = None
+    """Store whose mean and covariance centre and whiten the activations; `store` itself when not given."""
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    """Update rule, learning rate and schedule."""
+    batch_size: int = 4096
+    """Rows (tokens) per step, over all processes."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other, where a whole one does not fit into memory."""
+    steps: int | None = None
+    """Steps to take; one pass over the training rows when not given."""
+    buffer_rows: int = 262_144
+    """Rows in the mixing buffer that batches are drawn from."""
+    row_filter: RowFilter = field(default_factory=RowFilter)
+    """Rows to train on, of the store's training documents."""
+    follow: bool = False
+    """Train on a store that is still being harvested, waiting for its rows; statistics come from the first of them."""
+    verify_reads: bool = False
+    """Compare every file of the store with its checksum before anything of it is used."""
+    seed: int = 0
+    """Decides the initial weights, and the order of rows unless order_seed is given."""
+    order_seed: int | None = None
+    """Decides the order of rows."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the large matrix products: bfloat16 by autocast, float32, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; an interrupted run continues at the last one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept while the run trains; should the newest be damaged, the one before takes its place."""
+    tensorboard: bool = False
+    """Copy the metrics to TensorBoard files in the run's folder (needs the package tensorboard)."""
+    wandb: str | None = None
+    """Copy the metrics to this project of Weights & Biases (needs the package wandb; WANDB_MODE=offline works)."""
+    device: str = "cpu"
+    """Device to train on; under torchrun, cuda means each process's own."""
+    latent_parts: int = 1
+    """Under torchrun: how many processes hold a part of the latents each; the others share the rows."""
+    ops: Literal["auto", "portable", "reference"] = "auto"
+    """Implementation of the inner operations; auto takes the fastest for the device."""
+
+    FREE: ClassVar[tuple[str, ...]] = (
+        *("verify_reads", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb"),
+        *("device", "latent_parts", "ops"),
+    )
+    """What a run may be continued with another value of: nothing of it decides what is learned."""
+    SHARED: ClassVar[tuple[str, ...]] = (
+        *("store", "batch_size", "steps", "buffer_rows", "row_filter", "follow", "verify_reads", "log_every"),
+        *("checkpoint_every", "keep_checkpoints", "tensorboard", "wandb", "device", "latent_parts", "ops"),
+    )
+    """What all runs that read the same batches have in common, besides the order of rows."""
+
+    @property
+    def seed_of_order(self) -> int:
+        return self.seed if self.order_seed is None else self.order_seed
+
+
+def config_to_dict(config: TrainConfig[Any]) -> dict[str, Any]:
+    """Plain values for YAML, the dictionary's kind included."""
+    record = json.loads(json.dumps(asdict(config)))  # with lists for tuples, as YAML gives them back
+    record["dictionary"] = {"kind": config.dictionary.kind, **record["dictionary"]}
+    return record
+
+
+def config_from_dict(record: dict[str, Any], where: str) -> TrainConfig[Any]:
+    """The configuration that plain values say; a key that is unknown or a value that does not fit is named.
+
+    Args:
+        where: the file or option that the values come from, for the sentence.
+
+    Raises:
+        UserError: an unknown key or kind, a missing key, or a value that does not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from dictlearn.dictionaries import config_class
+
+    nested = record.get("dictionary") or {}
+    if not isinstance(nested, dict):
+        raise UserError(f"{where}: dictionary is {nested!r}; it should be keys and values such as 'kind: topk'.")
+    nested = dict(nested)
+    kind = nested.pop("kind", "topk")
+    try:
+        _refuse_unknown_keys(where, "", record, TrainConfig)
+        _refuse_unknown_keys(where, "dictionary.", nested, config_class(kind))
+        _refuse_unknown_keys(where, "optimiser.", record.get("optimiser") or {}, OptimiserConfig)
+        dictionary: Any = TypeAdapter(config_class(kind)).validate_python(nested)
+        complete: Any = TrainConfig[config_class(kind)]  # type: ignore[misc]
+        return TypeAdapter(complete).validate_python(record | {"dictionary": dictionary})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {key}: {first['msg']} (found {first['input']!r}).") from error
+
+
+def _refuse_unknown_keys(where: str, prefix: str, record: dict[str, Any], cls: type) -> None:
+    from difflib import get_close_matches
+
+    known = [f.name for f in fields(cls)]
+    for key in record:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(known)}."
+            raise UserError(f"{where} has an unknown key {prefix}{key}; {hint}")

@@ -1,0 +1,70 @@
+"""How much memory a run takes, and what to lower when it is not there. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dictlearn.terminal import bytes_in_words
+from dictlearn.training.configs import TrainConfig
+
+FLOAT = 4
+GPU_PRE_ACTIVATIONS = 2
+"""(B, S) matrices that are there at once on a GPU: the pre-activations, and what the selection makes of them."""
+CPU_BUFFER = 2**23
+"""Pre-activations that are there at once on a CPU (`dictlearn.ops.portable`)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: what a run takes whatever its batches, and what it takes for each row of the part it computes at once."""
+
+    fixed: int
+    per_row: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.per_row * self.rows
+
+
+def estimate(configs: Sequence[TrainConfig[Any]], widths: Sequence[tuple[int, int]]) -> Memory:
+    """Of runs that train together: weights, gradients, two moments and an average; batches; pairs and outputs.
+
+    The mixing buffer is not in it: it is the page cache, or counted by the store. Nor are AuxK's products, which grow
+    with the number of dead latents (12 bytes for each row and dead latent).
+
+    Args:
+        widths: (d_in, d_out) of each run.
+    """
+    fixed = per_row = 0
+    for config, (d_in, d_out) in zip(configs, widths, strict=True):
+        parameters = config.dictionary.d_sae * (d_in + d_out + 1) + d_out
+        copies = 4 + (config.optimiser.averaging > 0)
+        on_cpu = not config.device.startswith("cuda")
+        fixed += FLOAT * (copies * parameters + (CPU_BUFFER if on_cpu else 0))
+        pairs = getattr(config.dictionary, "k", 32) * (2 * FLOAT + 2 * 8)
+        dense = 0 if on_cpu else GPU_PRE_ACTIVATIONS * FLOAT * config.dictionary.d_sae
+        per_row += FLOAT * (3 * d_in + 6 * d_out) + pairs + dense
+    first = configs[0]
+    return Memory(fixed, per_row, math.ceil(first.batch_size / first.accumulate))
+
+
+def what_to_lower(memory: Memory, there: int, batch_size: int) -> str:
+    """A sentence for a run that found too little memory."""
+    said = (
+        f"weights and moments take {bytes_in_words(memory.fixed)}, a batch of {memory.rows:,} rows takes another "
+        f"{bytes_in_words(memory.per_row * memory.rows)}, and there are {bytes_in_words(there)}"
+    )
+    room = 0.8 * there - memory.fixed  # what others use, and what cannot be used for being in pieces
+    if room < memory.per_row:
+        return f"{said}; lower d_sae to at most {0.8 * there / memory.fixed:.0%} of what it is, or train fewer at once."
+    # if by this count there was room, then something that is not in it took it: half as many rows at once, at least
+    rows = min(int(room // memory.per_row), max(1, memory.rows // 2))
+    accumulate = 2 ** math.ceil(math.log2(batch_size / rows))
+    return (
+        f"{said}; set accumulate to {accumulate}, which computes the same batch in parts of "
+        f"{math.ceil(batch_size / accumulate):,} rows, or lower batch_size to {2 ** int(math.log2(rows)):,}."
+    )

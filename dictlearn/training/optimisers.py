@@ -1,0 +1,106 @@
+"""Update rules, their rates, and the moving average of the weights.
+
+Adam is torch's fused one. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum
+of a weight matrix by the nearest matrix with equal singular values; its step is scaled to the size of an Adam step (Liu
+et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate does for both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dictlearn.dictionaries.base import Dictionary
+from dictlearn.training.configs import OptimiserConfig
+
+
+class Optimiser:
+    """One of torch's optimisers, or two for different parameters, with states by the names of the parameters."""
+
+    def __init__(self, config: OptimiserConfig, dictionary: Dictionary) -> None:
+        self._named = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
+        self.peak = config.learning_rate or 2e-4 / (dictionary.config.d_sae / 2**14) ** 0.5
+        self._config = config
+        matrices = [p for p in self._named.values() if p.ndim == 2 and config.kind == "muon"]
+        others = [p for p in self._named.values() if not any(p is m for m in matrices)]
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(
+                torch.optim.Muon(matrices, lr=self.peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            )
+        if others:
+            self._parts.append(torch.optim.Adam(others, lr=self.peak, betas=(0.9, 0.999), eps=1e-8, fused=True))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self._named.values())
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The moments of each parameter, as the optimiser uses them: to change them is to change the next step."""
+        return {parameter: moments for part in self._parts for parameter, moments in part.state.items()}
+
+    def set_rate(self, step: int, steps: int) -> float:
+        """Linear warm-up (at most a tenth of the run), constant, linear decay over the last ``decay_share``."""
+        warm_up = max(1.0, min(self._config.warm_up_steps, steps / 10))
+        decay = max(1.0, steps * self._config.decay_share)
+        rate = self.peak * min(1.0, (step + 1) / warm_up, (steps - step) / decay)
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+        return rate
+
+    def zero_grad(self) -> None:
+        for parameter in self._named.values():
+            parameter.grad = None
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as ``parameter.moment``; empty before the first step."""
+        state = self.state
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._named.items()
+            for key, value in state.get(parameter, {}).items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for part in self._parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    name = next(n for n, p in self._named.items() if p is parameter)
+                    moments = {
+                        key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")
+                    }
+                    if moments:
+                        part.state[parameter] = {
+                            key: value.to(parameter.device).clone() for key, value in moments.items()
+                        }
+
+
+class Average:
+    """An exponential moving average of a dictionary's weights; short at first, so that the start is soon forgotten."""
+
+    def __init__(self, decay: float, dictionary: Dictionary) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in dictionary.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, dictionary: Dictionary, step: int) -> None:
+        """Take in the weights after step number ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in dictionary.named_parameters():
+            self.weights[name].lerp_(parameter.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def applied(self, dictionary: Dictionary) -> Dictionary:
+        """A copy of the dictionary with the averaged weights, its constraints restored."""
+        averaged = dictionary.copy()
+        for name, parameter in averaged.named_parameters():
+            parameter.copy_(self.weights[name])
+        averaged.constrain()
+        return averaged

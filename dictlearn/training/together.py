@@ -1,0 +1,61 @@
+"""Many members over one batch: on a CPU each takes its step on a thread of its own.
+
+A step has stretches that one processor does alone (sorting, gathering, Python), and short products that do not pay for
+two. With a member to each processor none of them waits for that (docs/benchmarks.md has the measurement, and that of
+one large product for all members, which is not faster on a CPU). On a GPU members take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from dictlearn.training.step import Member, NotFinite, Step, take_step
+
+
+class Together:
+    """A context in which members take steps together."""
+
+    def __init__(self, members: int, on_cpu: bool, several_processes: bool) -> None:
+        # processes that share a member must make the same calls in the same order: no threads
+        self._workers = min(members, torch.get_num_threads()) if on_cpu and not several_processes else 1
+
+    def __enter__(self) -> Together:
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._workers, "member") if self._workers > 1 else None
+        if self._workers > 1:
+            torch.set_num_threads(self._threads // self._workers)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            torch.set_num_threads(self._threads)
+
+    def take_step(
+        self,
+        members: Sequence[Member],
+        hooks: Sequence[tuple[str, str | None]],
+        rows: Mapping[str, Tensor],
+        step: int,
+        steps: int,
+    ) -> list[Step | NotFinite]:
+        """What each member's step found, in their order; every member's step is over when this returns.
+
+        Args:
+            hooks: of each member, the hook it encodes and the one it predicts.
+        """
+
+        def one(member: Member, of: tuple[str, str | None]) -> Step | NotFinite:
+            try:
+                return take_step(member, rows[of[0]], None if of[1] is None else rows[of[1]], step, steps)
+            except NotFinite as found:
+                return found
+
+        if self._pool is None:
+            return [one(member, of) for member, of in zip(members, hooks, strict=True)]
+        return list(self._pool.map(one, members, hooks))
