@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from activation_store.errors import UserError
+from dictlearn.workspace import Workspace
+from dictlearn_app.run_history import RunHistory
 
 Opened = TypeVar("Opened")
 
@@ -43,6 +46,17 @@ def item(name: str, path: Path, open_: Callable[[str], Opened], describe: Callab
     if command and not command.startswith("dictlearn "):
         return Item(name, detail, size, todo=command)
     return Item(name, detail, size, next=command)
+
+
+def in_workspace(workspace: Workspace) -> str:
+    """What a command says so that it finds the workspace; nothing where it is the one commands look in anyway."""
+    return "" if str(workspace.root) == "workspace" else f" --workspace {shlex.quote(str(workspace.root))}"
+
+
+def continuing(run: RunHistory, workspace: Workspace) -> str:
+    """The command that continues an interrupted run, with the others of its sweep."""
+    config = workspace.sweep(run.sweep).config if run.sweep else workspace.run(run.name).config
+    return f"dictlearn train {shlex.quote(str(config))}"
 
 
 def bytes_on_disk(path: Path) -> int:

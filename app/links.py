@@ -36,9 +36,10 @@ class StoreLink(Link):
 
 @dataclass(frozen=True)
 class RunsLink(Link):
-    """``runs``: names separated by commas; none means all of them. ``x``: a name from curves.X_AXES."""
+    """``runs``: names separated by commas; none means all of the ``sweep``, or of the workspace. ``x``: of X_AXES."""
 
     path: ClassVar[str] = "runs"
+    sweep: str = ""
     runs: str = ""
     x: str = ""
 

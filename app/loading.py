@@ -7,11 +7,13 @@ the page. Everything raises UserError; pages show its sentence.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from activation_store.errors import UserError
 from activation_store.spec import METADATA_FILE
 from activation_store.store import Store, open_store
 from dictlearn.app_command import WORKSPACE_VARIABLE
@@ -60,7 +62,23 @@ def token_texts(model: str) -> TokenTexts:
 
 def run(name: str) -> RunHistory:
     files = workspace().existing_run(name)
-    return _run(files.folder, stamp(files.config, files.metrics, files.evaluation, files.dictionary))
+    read = _run(files.folder, stamp(files.config, files.metrics, files.evaluation, files.dictionary))
+    return replace(read, training=files.is_training())
+
+
+def planned_steps(run: RunHistory) -> int | None:
+    """Steps that the run takes in all; None where that is not to be told from its configuration and store."""
+    steps, batch_size = run.config.get("steps"), run.config.get("batch_size")
+    if isinstance(steps, int) or not isinstance(batch_size, int):
+        return steps
+    try:
+        read = store(run.store)
+    except UserError:
+        return None
+    filtered = any((run.config.get("row_filter") or {}).values())
+    if filtered or not read.complete:
+        return None
+    return sum(stop - start for start, stop in read.split_rows("train")) // batch_size
 
 
 def index(name: str) -> FeatureIndex:

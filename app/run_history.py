@@ -1,4 +1,4 @@
-"""One training run as it lies on disk: configuration, curves, evaluation. Readable while the run is training."""
+"""One training run as it lies on disk: configuration, curves, evaluation, state. Readable while the run is training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class RunHistory:
     Attributes:
         config: nested, as in config.yaml; empty for a dictionary that was not trained here.
         curves: metric -> values at the logged steps, thinned to `POINTS`; None where a line lacks the metric.
-        last: the last logged line.
+        last: the numbers of the last logged line.
+        stopped: why the run stopped before its end, a sentence; empty when it did not.
+        training: whether a process trains the run at this moment.
         evaluation: evaluation.json, or None.
         provenance: hooks, model and store of the saved dictionary; empty while the run trains.
         finished: whether the dictionary is saved.
@@ -36,6 +38,8 @@ class RunHistory:
     config: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[float | None]] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
+    training: bool = False
     evaluation: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
@@ -57,6 +61,22 @@ class RunHistory:
     def store(self) -> str:
         made_from = self.provenance.get("store") or {}
         return str(made_from.get("name") or self.config.get("store", ""))
+
+    @property
+    def sweep(self) -> str:
+        """The sweep that the run was trained in; empty when it was trained alone."""
+        return str(self.config.get("sweep") or "")
+
+    @property
+    def state(self) -> str:
+        """One of "finished", "stopped", "training", "interrupted", "not begun"."""
+        if self.finished:
+            return "finished"
+        if self.stopped:  # the others of its sweep may go on
+            return "stopped"
+        if self.training:
+            return "training"
+        return "interrupted" if self.last else "not begun"
 
     @property
     def kind(self) -> str:
@@ -90,7 +110,7 @@ def read_run(folder: Path) -> RunHistory:
         except (OSError, ValueError, yaml.YAMLError) as error:
             config = {}
             problems.append(f"{str(files.config)!r} cannot be read ({' '.join(str(error).split())}); restore it.")
-    lines, broken = read_lines(files.metrics)
+    lines, stopped, broken = read_lines(files.metrics, POINTS)
     if broken:
         problems.append(f"{str(files.metrics)!r} has {broken} unreadable lines, which are left out of the curves.")
     evaluation: dict[str, Any] | None = None
@@ -109,8 +129,9 @@ def read_run(folder: Path) -> RunHistory:
     return RunHistory(
         name=folder.name,
         config=config,
-        curves=columns(thinned(lines, POINTS)),
+        curves=columns(lines),
         last=lines[-1] if lines else {},
+        stopped=stopped,
         evaluation=evaluation,
         provenance=provenance,
         finished=finished,
@@ -118,33 +139,46 @@ def read_run(folder: Path) -> RunHistory:
     )
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
-    """The logged lines of a metrics.jsonl, and how many could not be read.
+def read_lines(path: Path, most: int) -> tuple[list[dict[str, float]], str, int]:
+    """About ``most`` lines of a metrics.jsonl, evenly spaced, the last among them.
 
-    The last one does not count: a run that is training may be writing it.
+    Returns:
+        The numbers of each line; why the run stopped, or ""; and how many of the lines could not be read. The last one
+        does not count there: a run that is training may be writing it.
     """
-    text = path.read_text() if path.exists() else ""
-    lines, broken = [], 0
-    rows = text.splitlines()
-    for number, row in enumerate(rows):
+    rows = path.read_text().splitlines() if path.exists() else []
+    stride = max(1, -(-len(rows) // most))
+    evenly = set(range(len(rows) - 1, -1, -stride))
+    last_whole = max(0, len(rows) - 2)  # where the last is half a line, or says why the run stopped
+    lines, stopped, broken = [], "", 0
+    for number in sorted(evenly | {last_whole} if rows else evenly):
         try:
-            line = json.loads(row)
-            lines.append({name: value for name, value in line.items() if isinstance(value, int | float)})
+            line = json.loads(rows[number])
+            stopped = str(line.get("stopped", ""))
+            if not stopped:
+                lines.append({name: value for name, value in line.items() if isinstance(value, int | float)})
         except (ValueError, AttributeError):
             broken += number < len(rows) - 1
-    return lines, broken
-
-
-def thinned(lines: Sequence[dict[str, float]], most: int) -> list[dict[str, float]]:
-    """At most about ``most`` of the lines, evenly spaced, the last among them."""
-    stride = max(1, -(-len(lines) // most))
-    return list(lines[::-1][::stride][::-1])
+    return lines, stopped, broken
 
 
 def columns(lines: Sequence[dict[str, float]]) -> dict[str, list[float | None]]:
     """Metric -> one value a line, None where the line lacks it."""
     names = dict.fromkeys(name for line in lines for name in line)
-    return {name: [line.get(name) for line in lines] for name in names}
+    values = {name: [line.get(name) for line in lines] for name in names}
+    if "wall_seconds" in values:
+        values["wall_seconds"] = continued(values["wall_seconds"])
+    return values
+
+
+def continued(seconds: Sequence[float | None]) -> list[float | None]:
+    """Seconds of training in all, out of those since the last start: every resume counts from 0 again."""
+    before, last, total = 0.0, 0.0, list[float | None]()
+    for value in seconds:
+        if value is not None:
+            before, last = before + (last if value < last else 0.0), value
+        total.append(None if value is None else before + value)
+    return total
 
 
 def differing(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:

@@ -68,12 +68,12 @@ function tooltip(root) {
   };
 }
 
-function shortNumber(value) {
+function shortNumber(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e6 || size < 1e-3) return value.toExponential(2);
-  return value.toLocaleString("en", { maximumSignificantDigits: 4 });
+  return value.toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
 // About `count` round numbers between two ends.

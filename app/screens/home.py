@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from activation_store.store import Store
 from dictlearn.circuits.graph import AttributionGraph
 from dictlearn.workspace import Workspace
 from dictlearn_app import indexes, links, loading
-from dictlearn_app.contents import Item, item
+from dictlearn_app.contents import Item, continuing, in_workspace, item
 from dictlearn_app.run_history import RunHistory
 from dictlearn_app.views.numbers import short, size
 from dictlearn_app.views.sheet import Block, column, command, heading, hint, parts, row, section, sheet, table
@@ -22,7 +21,7 @@ def draw() -> None:
 
 def blocks(workspace: Workspace) -> list[Block]:
     """The page as data."""
-    suffix = "" if str(workspace.root) == "workspace" else f" --workspace {shlex.quote(str(workspace.root))}"
+    suffix = in_workspace(workspace)
     indexed = indexes.by_run(workspace)
     stores = [
         item(name, workspace.store(name), loading.store, lambda store: (about_store(store), train(store)))
@@ -103,7 +102,7 @@ def train(store: Store) -> str:
 def about_run(run: RunHistory) -> str:
     hooks = f"{run.hook_in} → {run.hook_out}" if run.is_transcoder else run.hook_in
     latents = f", {run.d_sae:,} latents" if isinstance(run.d_sae, int) else ""
-    state = "" if run.finished else f"; at step {short(run.last.get('step', 0))}, not finished"
+    state = "" if run.finished else f"; {run.state}" + (f", at step {short(run.last['step'])}" if run.last else "")
     if run.problems:
         state += f"; {len(run.problems)} damaged part{'s' if len(run.problems) > 1 else ''}"
     return f"{run.kind or 'dictionary'} of {hooks or 'an unknown hook'}{latents}{state}"
@@ -112,7 +111,7 @@ def about_run(run: RunHistory) -> str:
 def after_run(run: RunHistory, workspace: Workspace, indexed: dict[str, list[str]]) -> str:
     """Finish, evaluate, index, trace: the first that is missing."""
     if not run.finished:
-        return f"dictlearn train {shlex.quote(str(workspace.run(run.name).config))}" if run.config else ""
+        return continuing(run, workspace) if run.config and not run.training else ""
     if run.evaluation is None:
         return f"dictlearn evaluate {run.name}"
     if run.name not in indexed:

@@ -53,3 +53,15 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait, roughly.
+
+    >>> duration(40), duration(600), duration(5400), duration(400_000)
+    ('40 s', '10 min', '1.5 h', '4.6 days')
+    """
+    for unit, length, longest in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds / length < longest:
+            return f"{seconds / length:.{int(unit == 'h')}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"

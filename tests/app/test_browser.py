@@ -15,6 +15,8 @@ import pytest
 
 from dictlearn.feature_index.read import feature_page, open_index
 from dictlearn.feature_index.token_text import shown
+from dictlearn.training.records import open_record
+from dictlearn.workspace import Workspace
 from tests.app.conftest import serving
 from tests.app.tiny_workspace import HOSTILE, HOSTILE_DOCUMENT
 
@@ -275,12 +277,41 @@ def test_a_narrow_window_is_not_scrolled_sideways(tab: Any) -> None:
 
 def test_curves_grow_while_a_run_trains_and_a_deep_link_is_first(tab: Any, own: Path, tmp_path: Path) -> None:
     """On a fresh server, whose very first address is a deep link."""
+    files = Workspace(own).run("training")
+    line = {**files.last_metrics(), "step": 180, "rows": 180 * 4096}
     with serving(own, tmp_path) as server:
         tab.show("runs?runs=training&x=step", server=server)
         state = tab.get_by_role("row", name=re.compile("^training topk"))
-        expect(state).to_contain_text("at step 170")
-        line = json.loads((own / "runs" / "training" / "metrics.jsonl").read_text().splitlines()[-1])
-        with (own / "runs" / "training" / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({**line, "step": 180, "rows": 180 * 4096}) + "\n")
-        expect(state).to_contain_text("at step 180", timeout=15_000)
+        expect(state).to_contain_text("interrupted, at step 170 of 400")
+        tab.locator(".target").first.hover()
+        with open_record(files, 170, tensorboard=False, wandb=None, config={}) as record:
+            record.write(line)
+            expect(state).to_contain_text("training, at step 180 of 400")
+            expect(tab.locator(".legend .state")).to_have_text("training")
+            assert tab.locator(".curve path").first.get_attribute("d").count("L") == 17
+            expect(tab.locator(".readout").first).not_to_be_empty()  # the pointer still rests there
+        expect(state).to_contain_text("interrupted, at step 180 of 400")
+        tab.goto("about:blank")
+
+
+def test_of_many_runs_the_pointer_picks_the_nearest(tab: Any, own: Path, tmp_path: Path) -> None:
+    lines = (own / "runs" / "sae" / "metrics.jsonl").read_text().splitlines()
+    for seed in range(9):
+        folder = own / "runs" / f"seeds-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"name: seeds-{seed}\nsweep: seeds\nseed: {seed}\n")
+        higher = [{**json.loads(line), "l0": 10 + seed, "fvu": 1 + seed} for line in lines]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in higher))
+    with serving(own, tmp_path) as server:
+        tab.show("runs?sweep=seeds", server=server)
+        expect(tab.locator(".legend .name")).to_have_text([str(seed) for seed in range(9)])
+        panel = tab.locator("figure", has_text="L0")
+        box = panel.locator(".target").bounding_box()
+        for share, seed in ((0.05, 8), (0.95, 0)):
+            tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * share)
+            expect(panel.locator(".readout span")).to_have_text([str(10 + seed)])
+            expect(tab.locator(".legend .picked .name")).to_have_text([str(seed)])
+            expect(panel.locator(".curve.other")).to_have_count(8)
+        tab.mouse.move(5, 5)
+        expect(tab.locator(".curve.other")).to_have_count(0)
         tab.goto("about:blank")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
+from activation_store.store import open_store
+from dictlearn.training.records import open_record
+from dictlearn.workspace import Workspace
 from tests.app.conftest import Screen
 from tests.app.tiny_workspace import HOOKS, HOSTILE, HOSTILE_DOCUMENT
 
@@ -86,6 +91,82 @@ def test_chosen_runs_alone_are_compared(screen: Open) -> None:
     runs = screen("runs", runs="sae,sae-wide", x="step")
     assert [run["name"] for run in runs.payloads["runs.curves"]["runs"]] == ["sae", "sae-wide"]
     assert runs.payloads["runs.curves"]["x_label"] == "steps"
+
+
+def make_sweep(workspace: Path, count: int) -> list[str]:
+    """Copies of a finished run as members of the sweep "widths"; the last has stopped, the one before was killed."""
+    names = [f"widths-seed{seed}" for seed in range(count)]
+    for seed, name in enumerate(names):
+        folder = Path(shutil.copytree(workspace / "runs" / "sae", workspace / "runs" / name))
+        config = yaml.safe_load((folder / "config.yaml").read_text()) | {"name": name, "seed": seed, "sweep": "widths"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in names[-2:]:
+        shutil.rmtree(workspace / "runs" / name / "dictionary")
+    with (workspace / "runs" / names[-1] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 401, "stopped": "The loss of widths is not finite."}\n')
+    return names
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_the_runs_of_a_sweep_are_chosen_together(screen: Open, own: Path, count: int) -> None:
+    names = make_sweep(own, count)
+    runs = screen("runs", workspace=own)
+    runs.test.selectbox(key="runs.sweep").select("widths")
+    runs.run()
+    assert runs.address == {"sweep": "widths"}
+    assert sorted(run["name"] for run in runs.payloads["runs.curves"]["runs"]) == names
+    assert runs.test.multiselect(key="runs.names").options == names
+    states = {row[0]: row[5] for row in runs.table()}
+    assert states[names[0]] == "finished"
+    assert states[names[-2]] == "interrupted, at step 400 of 400"
+    assert states[names[-1]] == "stopped after step 400 of 400"
+    assert runs.notices == ["The loss of widths is not finite."]
+    commands = [block["text"] for block in runs.blocks("command")]
+    assert commands == [f"dictlearn train {own}/sweeps/widths/sweep.yaml --workspace {own}"]
+    differences = runs.table(2)
+    if count == 3:
+        assert differences == [["seed", "0", "1", "2"]]
+    else:
+        assert [line[:2] for line in differences] == [[name, str(seed)] for seed, name in enumerate(names)]
+        assert all(float(fvu) > 0 and float(l0) > 0 for _, _, fvu, l0, _ in differences)
+
+
+def test_one_run_of_a_sweep_can_be_looked_at(screen: Open, own: Path) -> None:
+    names = make_sweep(own, 3)
+    runs = screen("runs", workspace=own, sweep="widths", runs=names[1])
+    assert [run["name"] for run in runs.payloads["runs.curves"]["runs"]] == [names[1]]
+
+
+def test_a_sweep_that_is_not_there_is_said_and_all_runs_are_shown(screen: Open, tiny: Path) -> None:
+    runs = screen("runs", sweep="widths")
+    assert runs.notices == ["No run of this workspace belongs to a sweep 'widths'; all runs are shown."]
+    assert len(runs.payloads["runs.curves"]["runs"]) == 4
+
+
+def test_a_run_that_is_training_says_where_it_is(screen: Open, own: Path) -> None:
+    runs = screen("runs", workspace=own)
+    cells = {row["cells"][0]["text"]: row["cells"][5] for row in runs.blocks("table")[0]["rows"]}
+    assert cells["training"] == "interrupted, at step 170 of 400"
+    with open_record(Workspace(own).run("training"), 170, tensorboard=False, wandb=None, config={}):
+        runs.run()
+        cells = {row["cells"][0]["text"]: row["cells"][5] for row in runs.blocks("table")[0]["rows"]}
+        assert cells["training"]["text"] == "training, at step 170 of 400"
+        assert re.fullmatch(r"3\d,\d{3} tokens/s, 2[0-9] s left", cells["training"]["sub"])
+        home = screen("home", workspace=own)
+        about = {row[0]: (row[1], row[3]) for row in home.table(1)}["training"]
+        assert about[0].endswith("; training, at step 170") and about[1] == ""
+
+
+def test_without_steps_in_its_configuration_a_run_takes_one_pass(screen: Open, own: Path) -> None:
+    file = own / "runs" / "training" / "config.yaml"
+    config = yaml.safe_load(file.read_text()) | {"steps": None, "batch_size": 100}
+    file.write_text(yaml.safe_dump(config))
+    rows = sum(stop - start for start, stop in open_store(own / "stores" / "stdlib.zarr").split_rows("train"))
+    state = {row[0]: row[5] for row in screen("runs", workspace=own).table()}["training"]
+    assert state == f"interrupted, at step 170 of {rows // 100}"
+    file.write_text(yaml.safe_dump(config | {"row_filter": {"max_norm_ratio": 3.0}}))
+    state = {row[0]: row[5] for row in screen("runs", workspace=own).table()}["training"]
+    assert state == "interrupted, at step 170"
 
 
 def test_features_are_listed_with_links_to_their_pages(screen: Open) -> None:
