@@ -275,7 +275,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="in a round; 2, with --loader 32, with --stages 10 in all")
+    parser.add_argument("--steps", type=int, help="in a round; 2, with --loader 16, with --stages 10 in all")
     parser.add_argument("--dead-share", type=float, nargs="+", default=[0.0, 0.25], help="of the latents; 0 is added")
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=8192)
@@ -363,7 +363,7 @@ def loader_mode(options: argparse.Namespace, settings: dict[str, Any]) -> dict[s
         store = Path(settings["rows"]).with_name(dtype)
         make_store(store, values, dtype)
         pythons[f"store, {dtype}"] = (sys.executable, {**ours, "store": str(store)})
-    steps = options.steps or 32
+    steps = options.steps or 16
     with started(pythons) as (workers, _):
         records = measure(workers, [0.0], options.rounds, steps)
         fvu = {row: worker.ask("fvu") for row, worker in workers.items()}

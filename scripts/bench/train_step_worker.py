@@ -23,8 +23,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -70,32 +72,27 @@ class Ours(Implementation):
     def __init__(self, d_in: int, d_sae: int, k: int, learning_rate: float, first_rows: Tensor) -> None:
         from dictlearn import ops
         from dictlearn.dictionaries.topk import TopK
+        from dictlearn.training.configs import OptimiserConfig
+        from dictlearn.training.optimisers import Optimiser
+        from dictlearn.training.step import Member, take_step
 
         ops.set_backend(self.backend)
-        self.generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         self.model = self.dictionary = TopK(TopK.Config(d_sae=d_sae, k=k, auxk_weight=AUXK_WEIGHT), d_in)
         never_read: Any = None  # statistics are for dictionaries that whiten
-        self.dictionary.initialise(first_rows, None, self.generator, never_read)
-        self.optimiser = torch.optim.Adam(self.dictionary.parameters(), lr=learning_rate, fused=True)
-        self.steps = 0
+        self.dictionary.initialise(first_rows, None, generator, never_read)
+        optimiser = Optimiser(OptimiserConfig(learning_rate=learning_rate), self.dictionary)
+        self.member = Member("ours", self.dictionary, optimiser, generator, GRADIENT_CLIP)
+        self.steps = MANY_STEPS // 2
+        self.take_step = take_step
 
     def hold_dead(self, dead_S: Tensor) -> None:
         self.dictionary.rows_since_fired.copy_(dead_S * (self.dictionary.config.dead_after_rows + 1))
 
     def step(self, x: Tensor) -> Tensor:
-        from dictlearn.dictionaries.base import Update
-
-        self.dictionary.schedule(self.steps, MANY_STEPS)
-        loss = self.dictionary.loss(x)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
-        self.dictionary.project_gradients()
-        torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), GRADIENT_CLIP)
-        self.optimiser.step()
-        self.dictionary.after_update(Update(self.optimiser, self.steps, MANY_STEPS, self.generator, x, None, loss))
-        self.dictionary.observe(loss.codes)
+        taken = self.take_step(self.member, x, None, self.steps, MANY_STEPS)
         self.steps += 1
-        return loss.total.detach()
+        return taken.loss.total.detach()
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.dictionary(x)
@@ -176,8 +173,8 @@ class DictionaryLearning(Implementation):
         self.steps = self.trainer.threshold_start_step + 1
 
     def hold_dead(self, dead_S: Tensor) -> None:
-        # counted before the comparison, and a latent that fires in the batch is not dead
-        self.trainer.num_tokens_since_fired.copy_(dead_S * self.trainer.dead_feature_threshold)
+        # it compares after counting the batch, where most latents fire, so the counters alone would not hold them
+        self.trainer.dead_feature_threshold = torch.where(dead_S.bool(), 0, 10_000_000)
 
     def step(self, x: Tensor) -> float:
         loss = self.trainer.update(self.steps, x)
@@ -246,7 +243,7 @@ STAGE_OF_RANGE = {
     "project_gradients": "projection",
     "after_update": "decoder norm",
     "observe": "counting",
-    "clip_grad_norm_": "clip",
+    "clip": "clip",
     "Optimizer.step": "Adam",
     "Optimizer.zero_grad": "Adam",
 }
@@ -268,6 +265,8 @@ def profiled(ours: Ours, x: Tensor) -> dict[str, float]:
     """Seconds of each stage of one step, by its operations; what is in no operation is the time between them."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
+    from dictlearn.training import step
+
     def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             with record_function(name):
@@ -275,20 +274,14 @@ def profiled(ours: Ours, x: Tensor) -> dict[str, float]:
 
         return call
 
-    dictionary = ours.dictionary
-    for name in ("project_gradients", "after_update", "observe"):
-        setattr(dictionary, name, named(name, getattr(dictionary, name)))
-    clip = torch.nn.utils.clip_grad_norm_
-    torch.nn.utils.clip_grad_norm_ = named("clip_grad_norm_", clip)
-    try:
-        with profile(activities=[ProfilerActivity.CPU]) as record:
-            began = time.perf_counter()
-            ours.step(x)
-            took = time.perf_counter() - began
-    finally:
-        torch.nn.utils.clip_grad_norm_ = clip
-        for name in ("project_gradients", "after_update", "observe"):
-            delattr(dictionary, name)
+    parts = [(ours.dictionary, part) for part in ("project_gradients", "after_update", "observe")] + [(step, "clip")]
+    with ExitStack() as stack:
+        for owner, part in parts:
+            stack.enter_context(patch.object(owner, part, named(part, getattr(owner, part))))
+        record = stack.enter_context(profile(activities=[ProfilerActivity.CPU]))
+        began = time.perf_counter()
+        ours.step(x)
+        took = time.perf_counter() - began
     stages: dict[str, float] = defaultdict(float)
     for event in record.events():
         stages[_stage(event)] += event.self_cpu_time_total / 1e6
