@@ -1,0 +1,163 @@
+"""Training by several processes, started by torchrun as a user starts them: the same run as by one process.
+
+Losses are compared to float tolerance: what is summed in another order differs in the last bits, and a selection near
+the threshold may flip.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from activation_store.errors import UserError
+from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.training.checkpoint import Checkpoints
+from dictlearn.training.command import config_to_dict, run_train
+from dictlearn.training.configs import OptimiserConfig, TrainConfig
+from dictlearn.training.parallel import refuse_what_cannot_be_shared
+from dictlearn.workspace import Workspace
+from tests.training.planted import CODEBOOK, IN, metrics, weights
+
+LONG = TrainConfig(
+    name="long",
+    store="s",
+    hook=IN,
+    dictionary=TopKConfig(d_sae=65, k=4, dead_after_rows=1500),
+    optimiser=OptimiserConfig(learning_rate=3e-3, averaging=0.9),
+    batch_size=128,
+    steps=120,
+    buffer_rows=1024,
+    log_every=5,
+    checkpoint_every=20,
+)
+
+
+def torchrun(workspace: Workspace, folder: Path, config: TrainConfig, size: int) -> subprocess.Popen:
+    path = folder / f"{config.name}-{size}.yaml"
+    path.write_text(yaml.safe_dump(config_to_dict(config)))
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone", "-m"]
+    line += ["dictlearn.cli", "train", str(path), "--workspace", str(workspace.root)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def assert_close_runs(workspace: Workspace, one: str, other: str) -> None:
+    mine, theirs = metrics(workspace, one), metrics(workspace, other)
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-3), (a["step"], key)
+    found, expected = weights(workspace, one), weights(workspace, other)
+    assert found["W_dec"].shape == expected["W_dec"].shape
+    similar = torch.cosine_similarity(found["W_dec"], expected["W_dec"])
+    assert similar.median() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("size", "latent_parts"),
+    [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.heavy), pytest.param(4, 4, marks=pytest.mark.heavy)],
+)
+def test_several_processes_train_the_run_of_one(workspace, tmp_path, size, latent_parts):
+    run_train(replace(LONG, name="alone"), workspace)
+    output = finished(torchrun(workspace, tmp_path, replace(LONG, latent_parts=latent_parts), size))
+    assert_close_runs(workspace, "long", "alone")
+    assert output.count("training long: 15,360 tokens") == 1, "one process speaks for all"
+    assert not workspace.run("long").checkpoints.exists()
+
+
+def wait_for_step(workspace: Workspace, name: str, least: int, process: subprocess.Popen) -> None:
+    checkpoints = Checkpoints(workspace.run(name).checkpoints)
+    deadline = time.monotonic() + 200
+    while max(checkpoints.steps(), default=0) < least:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(process.communicate()[0][-3000:])
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_rank_killed_in_the_middle_stops_the_job_and_fewer_processes_continue_it(workspace, tmp_path):
+    """A checkpoint of two parts of the latents is continued by one process that holds them all."""
+    slow = replace(LONG, steps=1200, latent_parts=2)
+    run_train(replace(slow, name="alone", latent_parts=1), workspace)
+    process = torchrun(workspace, tmp_path, slow, 2)
+    wait_for_step(workspace, "long", 40, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another one of this run has gone" in output or "Signal 9" in output
+    steps = Checkpoints(workspace.run("long").checkpoints).steps()
+    assert steps and max(steps) < 1200
+    newest = workspace.run("long").checkpoints / f"step-{max(steps):09d}"
+    assert {path.name for path in newest.glob("*.safetensors")} == {"long.0.safetensors", "long.1.safetensors"}
+    run_train(replace(slow, latent_parts=1), workspace)
+    mine, theirs = metrics(workspace, "long"), metrics(workspace, "alone")
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    tail = [sum(line["loss"] for line in lines[-20:]) / 20 for lines in (mine, theirs)]
+    assert tail[0] == pytest.approx(tail[1], rel=0.05)
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_of_one_process_is_continued_by_four(workspace, tmp_path, monkeypatch):
+    from tests.training.test_resume import Killed, kill_at
+
+    run_train(replace(LONG, name="alone"), workspace)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 70)
+        with pytest.raises(Killed):
+            run_train(LONG, workspace)
+    finished(torchrun(workspace, tmp_path, replace(LONG, latent_parts=2), 4))
+    assert_close_runs(workspace, "long", "alone")
+
+
+@pytest.mark.heavy
+def test_sigterm_to_torchrun_leaves_a_checkpoint_of_one_step(workspace, tmp_path):
+    slow = replace(LONG, steps=4000, latent_parts=2, checkpoint_every=3000)
+    process = torchrun(workspace, tmp_path, slow, 2)
+    deadline = time.monotonic() + 100
+    while not workspace.run("long").last_metrics() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    (step,) = Checkpoints(workspace.run("long").checkpoints).steps()
+    assert 0 < step < 3000
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "splits", "sentence"),
+    [
+        ({"latent_parts": 3}, 4, True, "latent_parts is 3, and there are 4 processes; it must divide their number"),
+        ({"latent_parts": 2}, 1, True, "latent_parts is 2, and there are 1 processes"),
+        ({"latent_parts": 2, "dictionary": CODEBOOK.dictionary}, 2, False, "of kind 'icfl' cannot be spread"),
+        ({"batch_size": 130}, 4, True, "batch_size is 130, which 4 processes in 1 parts each cannot share evenly"),
+        ({"follow": True}, 2, True, "follow is for one process"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_in_a_sentence(monkeypatch, changes, size, splits, sentence):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(UserError, match=sentence):
+        refuse_what_cannot_be_shared(replace(LONG, **changes), splits)
