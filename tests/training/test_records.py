@@ -14,13 +14,16 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from activation_store.errors import UserError
+from dictlearn.training.command import run_train
 from dictlearn.training.records import Record, check_writers, cut_back, open_record
-from dictlearn.workspace import RunFiles
+from dictlearn.workspace import RunFiles, Workspace
+from tests.training.test_training import SAE, make_store
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -311,6 +314,19 @@ def test_an_online_run_is_sent_what_it_lacks_and_how_it_ended(files, monkeypatch
         record.write({"step": 20, "loss": 0.5})
         record.write({"step": 30, "loss": 0.25})
     assert run.sent[1:] == [{"step": 30, "loss": 0.25}] and run.exit_code == 0
+
+
+def test_a_training_run_is_copied_to_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    workspace = Workspace(tmp_path)
+    (tmp_path / "stores").mkdir()
+    make_store(workspace.store("s"))
+    files = run_train(replace(SAE, tensorboard=True, wandb="tests"), workspace)
+    of_loss = [(at["step"], at["loss"]) for at in lines(files)]
+    assert len(of_loss) == 12
+    assert events(files, "loss") == [(step, pytest.approx(loss)) for step, loss in of_loss]
+    (folder,) = offline_folders(files)
+    assert [(row["step"], row["loss"]) for row in history(folder)] == of_loss
 
 
 def test_a_refusal_of_wandb_is_one_sentence(files, monkeypatch):
