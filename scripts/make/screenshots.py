@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--to", type=Path, default=Path("docs/pictures"), help="folder for the pictures")
     parser.add_argument("--store", default="", help="store to show; the first when not given")
+    parser.add_argument("--sweep", default="", help="sweep to show the runs of; all runs when not given")
     parser.add_argument("--index", default="", help="index to show; the first when not given")
     parser.add_argument("--latent", default="", help="latent to show; the first of the table when not given")
     parser.add_argument("--graph", default="", help="circuit to show; the first when not given")
@@ -66,7 +67,7 @@ def main() -> None:
     asked = {
         "home": {},
         "store": {"store": arguments.store},
-        "runs": {},
+        "runs": {"sweep": arguments.sweep},
         "features": {"index": arguments.index},
         "feature": {"index": arguments.index, "latent": arguments.latent},
         "circuit": {"graph": arguments.graph, "node": arguments.node},
