@@ -150,7 +150,7 @@ def trained(runs: Sequence[RunFiles]) -> None:
         print_line(f"{runs[0].dictionary}: step {last[0]['step']:,}, {numbers}.")
         return
     rows = [
-        [run.name, line["step"], *(line.get(name, "") for name in TRAINED)]
+        [run.name, f"{line['step']:,}{', stopped' * ('stopped' in line)}", *(line.get(name, "") for name in TRAINED)]
         for run, line in zip(runs, last, strict=True)
     ]
     print_table("Runs of the sweep, at the last batch", ["run", "step", *TRAINED], rows)

@@ -1,4 +1,4 @@
-"""The README and the page on stores do not lie: their commands parse, and the verbs and options exist."""
+"""The README and the pages on stores and training do not lie: their commands parse, and the verbs and options exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 STORE_PAGE = README.parent / "docs" / "store.md"
+TRAINING_PAGE = README.parent / "docs" / "training.md"
 
 
 def commands(page: Path) -> list[str]:
@@ -23,7 +24,7 @@ def test_there_are_commands_to_check():
     assert len(commands(README)) > 8 and len(commands(STORE_PAGE)) > 8
 
 
-@pytest.mark.parametrize("command", [*commands(README), *commands(STORE_PAGE)])
+@pytest.mark.parametrize("command", [*commands(README), *commands(STORE_PAGE), *commands(TRAINING_PAGE)])
 def test_every_command_is_understood(command, monkeypatch, tmp_path):
     """Parsed to a configuration by the real command line; running it is stopped right after."""
     from dictlearn import cli
@@ -59,7 +60,7 @@ def test_every_verb_of_the_store_is_on_its_page():
     assert [verb for verb in VERBS if f"dictlearn store {verb} " not in text] == []
 
 
-@pytest.mark.parametrize("page", [README, STORE_PAGE])
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)
 def test_files_it_points_at_exist(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target

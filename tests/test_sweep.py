@@ -15,6 +15,7 @@ import yaml
 from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress
+from dictlearn import reports
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.sweep import is_sweep, plan, read_sweep, run_sweep
@@ -177,7 +178,7 @@ def poison(monkeypatch, d_sae: int, step: int):
     monkeypatch.setattr(TopK, "loss", poisoned)
 
 
-def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkeypatch, one_thread):
+def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkeypatch, one_thread, capsys):
     record = COMMON | {"grid": {"dictionary.d_sae": [64, 80]}}
     run_sweep(sweep(record | {"name": "whole"}), workspace, NoProgress(), print)
     said = []
@@ -185,6 +186,9 @@ def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkey
         poison(patch, 80, 17)
         run_sweep(sweep(record), workspace, NoProgress(), said.append)
     (sentence,) = said
+    reports.trained([workspace.run(config.name) for config in sweep(record).configs])
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "w-dsae" in line]
+    assert [line[2:4] for line in table] == [["40", "│"], ["18,", "stopped"]]
     assert "run 'w-dsae80' is not finite at step 17 (mse nan" in sentence and "in rows " in sentence
     assert metrics(workspace, "w-dsae80")[-1] == {"step": 18, "stopped": sentence}
     assert not workspace.run("w-dsae80").dictionary.exists()

@@ -78,7 +78,7 @@ class TopK(Dictionary):
         revive = self.config.auxk_weight > 0 and ops.anywhere(dead_S)
         dead_A = ops.latents_where(dead_S) if revive else None
         wide = self.config.multi_topk_weight > 0
-        slots = min(MULTIPLE * self.k, self.d_sae) if wide else self.k
+        slots = min(MULTIPLE * self.k, self.config.d_sae) if wide else self.k
         values_BK, indices_BK, dead_pre_BA = ops.encode_topk(
             x_BD, self.W_enc, self.b_enc, slots, self._pre_bias(), dead_A
         )

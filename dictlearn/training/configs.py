@@ -19,7 +19,7 @@ DictionaryConfig = TypeVar("DictionaryConfig")
 class OptimiserConfig:
     """The update rule, and how its rate runs: linear warm-up, constant, linear decay to zero at the end."""
 
-    kind: Literal["adam", "muon"] = "adam"
+    rule: Literal["adam", "muon"] = "adam"
     """Adam (0.9, 0.999); or Muon for the two weight matrices, with Adam for the biases."""
     learning_rate: float | None = None
     """Peak learning rate; 2e-4 / sqrt(d_sae / 16384) when not given (Gao et al. 2024; the rule most trainers use)."""

@@ -103,7 +103,7 @@ def train(
     position, saved = loader.state_dict(), step
 
     with ExitStack() as opened:
-        records = [opened.enter_context(record) for record in open_records(runs, step, processes)]
+        records = [opened.enter_context(open_record_of(run, step)) for run in runs if processes.leads]
         task = opened.enter_context(progress.task(title(runs), total=steps * shared.batch_size, unit="tokens"))
         together = opened.enter_context(Together(len(runs), not processes.device.startswith("cuda"), processes.several))
         interruption = opened.enter_context(Interruption(only_asked=processes.several))
@@ -261,20 +261,15 @@ def first_rows(loader: ActivationSource, count: int) -> dict[str, Tensor]:
     return {hook: torch.cat([batch[hook] for batch in batches]).cpu() for hook in batches[0]}
 
 
-def open_records(runs: Sequence[Run], step: int, processes: Processes) -> list[Record]:
-    """Of every run, in the process that leads."""
-    if not processes.leads:
-        return []
-    return [
-        open_record(
-            run.files,
-            step,
-            tensorboard=run.config.tensorboard,
-            wandb=run.config.wandb,
-            config=config_to_dict(run.config) | ({"sweep": run.sweep} if run.sweep else {}),
-        )
-        for run in runs
-    ]
+def open_record_of(run: Run, step: int) -> Record:
+    """Locked for this process: nobody else trains the run meanwhile."""
+    return open_record(
+        run.files,
+        step,
+        tensorboard=run.config.tensorboard,
+        wandb=run.config.wandb,
+        config=config_to_dict(run.config) | ({"sweep": run.sweep} if run.sweep else {}),
+    )
 
 
 def stopped_members(

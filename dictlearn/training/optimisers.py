@@ -21,7 +21,7 @@ class Optimiser:
         self._named = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         self.peak = config.learning_rate or 2e-4 / (dictionary.config.d_sae / 2**14) ** 0.5
         self._config = config
-        matrices = [p for p in self._named.values() if p.ndim == 2 and config.kind == "muon"]
+        matrices = [p for p in self._named.values() if p.ndim == 2 and config.rule == "muon"]
         others = [p for p in self._named.values() if not any(p is m for m in matrices)]
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:

@@ -2,15 +2,16 @@
 
     python scripts/make/store_format_tables.py docs/store-format.md
 
-A table stands between two comments that name it; the text around it is written by hand.
+The text around the tables is written by hand.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
+
+from page_tables import table, with_tables
 
 from activation_store.spec import (
     ACTIVATION_TYPES,
@@ -45,11 +46,6 @@ DOCUMENT_TABLE_HOLDS = {
     "first_rows": "the document's first row",
     "rows": "how many rows it has",
 }
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def types() -> str:
@@ -110,16 +106,6 @@ def geometry() -> str:
 TABLES = {made.__name__: made for made in (types, arrays, documents, statistics, compressions, geometry)}
 
 
-def with_tables(text: str) -> str:
-    """``text`` with each table between its comments as it should be."""
-    for name, made in TABLES.items():
-        between = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not between.search(text):
-            raise SystemExit(f"The text has no place for the table {name!r}.")
-        text = between.sub(lambda found, made=made: f"{found[1]}{made()}\n{found[2]}", text)  # type: ignore[misc]
-    return text
-
-
 if __name__ == "__main__":
     page = Path(sys.argv[1])
-    page.write_text(with_tables(page.read_text()))
+    page.write_text(with_tables(page.read_text(), TABLES))

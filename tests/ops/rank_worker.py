@@ -74,7 +74,7 @@ DEAD = ("nothing dead", "the last third dead", "everything dead")
 def made(seed: int, k: int, k_aux: int, dead: str, transcoder: bool) -> tuple[TopK, torch.Tensor, torch.Tensor | None]:
     """A dictionary in float64 with no parameter at a symmetric place, and a batch."""
     generator = torch.Generator().manual_seed(seed)
-    config = TopKConfig(d_sae=LATENTS, k=k, k_aux=min(k_aux, LATENTS), dead_after_rows=100)
+    config = TopKConfig(d_sae=LATENTS, k=k, k_aux=min(k_aux, LATENTS), dead_after_rows=100, multi_topk_weight=seed / 8)
     dictionary = TopK(config, D_IN, D_OUT if transcoder else None).double()
     x = torch.randn(ROWS, D_IN, generator=generator, dtype=torch.float64) * 3 + 1
     target = torch.randn(ROWS, D_OUT, generator=generator, dtype=torch.float64) if transcoder else None

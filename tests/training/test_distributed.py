@@ -155,6 +155,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_one_step(workspace, tmp_path
         ({"latent_parts": 2, "dictionary": CODEBOOK.dictionary}, 2, False, "of kind 'icfl' cannot be spread"),
         ({"batch_size": 130}, 4, True, "batch_size is 130, which 4 processes in 1 parts each cannot share evenly"),
         ({"follow": True}, 2, True, "follow is for one process"),
+        ({"dictionary": TopKConfig(d_sae=64, k=4, resample_every=5)}, 2, True, "resample_every draws from all rows"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_in_a_sentence(monkeypatch, changes, size, splits, sentence):

@@ -35,7 +35,7 @@ from tests.training.planted import KINDS, SAE, TRANSCODER, make_store, metrics, 
 AVERAGED = replace(
     TRANSCODER,
     name="averaged",
-    optimiser=OptimiserConfig(kind="muon", learning_rate=3e-3, averaging=0.9),
+    optimiser=OptimiserConfig(rule="muon", learning_rate=3e-3, averaging=0.9),
     accumulate=2,
     seed=3,
 )

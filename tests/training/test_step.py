@@ -74,9 +74,9 @@ def test_the_rate_not_given_falls_with_the_square_root_of_the_width():
         assert Optimiser(OptimiserConfig(), dictionary).peak == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_every_update_rule_learns_and_its_state_can_be_put_back(kind):
-    config = OptimiserConfig(kind=kind, learning_rate=3e-3)
+@pytest.mark.parametrize("rule", ["adam", "muon"])
+def test_every_update_rule_learns_and_its_state_can_be_put_back(rule):
+    config = OptimiserConfig(rule=rule, learning_rate=3e-3)
     one = member(config)
     losses = [float(take_step(one, rows(seed=i), None, i, 1000).loss.total) for i in range(150)]
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
@@ -91,7 +91,7 @@ def test_every_update_rule_learns_and_its_state_can_be_put_back(kind):
 
 
 def test_muon_moves_the_matrices_and_adam_the_biases():
-    optimiser = Optimiser(OptimiserConfig(kind="muon", learning_rate=1e-3), (one := member().dictionary))
+    optimiser = Optimiser(OptimiserConfig(rule="muon", learning_rate=1e-3), (one := member().dictionary))
     for parameter in one.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimiser.step()
