@@ -10,6 +10,7 @@ Library code opens a task and advances it; a terminal, an app or nobody shows it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -19,6 +20,9 @@ class Task(Protocol):
 
     def advance(self, n: float = 1, **shown: object) -> None:
         """Count ``n`` more units done, and show ``shown`` (short values by name) until the next call."""
+
+    def tabulate(self, rows: Mapping[str, Mapping[str, object]]) -> None:
+        """Show numbers (by name) of several parts of the work (by name) until the next call."""
 
 
 class Progress(Protocol):
@@ -35,6 +39,9 @@ class NoProgress:
         return self
 
     def advance(self, n: float = 1, **shown: object) -> None:
+        pass
+
+    def tabulate(self, rows: Mapping[str, Mapping[str, object]]) -> None:
         pass
 
     def __enter__(self) -> NoProgress:

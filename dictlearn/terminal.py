@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,7 +30,7 @@ class TerminalProgress:
 
     @contextmanager
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[_Bar]:
-        with Progress(
+        with _WithTable(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -50,8 +50,19 @@ class TerminalProgress:
         print_line(f"{title}: {done:,.0f} {unit} in {elapsed:.1f} s{rate}  {bar.shown}".rstrip())
 
 
+class _WithTable(Progress):
+    """A bar, and below it a table where there is one."""
+
+    table: Table | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.table is not None:
+            yield self.table
+
+
 class _Bar:
-    def __init__(self, progress: Progress, task: TaskID, unit: str) -> None:
+    def __init__(self, progress: _WithTable, task: TaskID, unit: str) -> None:
         self._progress, self._task, self._unit = progress, task, unit
         self.shown = ""
 
@@ -62,6 +73,12 @@ class _Bar:
         rate = f"{task.speed:,.0f}/s" if task.speed else ""
         self._progress.update(self._task, advance=n, shown=self.shown, rate=rate)
 
+    def tabulate(self, rows: Mapping[str, Mapping[str, object]]) -> None:
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        self._progress.table = _table(
+            ["", *columns], [[name, *(row.get(c, "") for c in columns)] for name, row in rows.items()]
+        )
+
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -71,12 +88,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     """A table whose first column is names and whose other columns are numbers."""
     if title:
         console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)  # a table would wrap it
+    console.print(_table(columns, rows))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     table = Table(show_edge=False, show_header=any(columns))
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right")
     for row in rows:
         table.add_row(*(_short(value) for value in row))
-    console.print(table)
+    return table
 
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:

@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from activation_store.errors import UserError
-from activation_store.progress import Progress
+from activation_store.progress import Progress, Task
 from activation_store.seeds import derive_seed
 from activation_store.source import ActivationSource
 from activation_store.store import Store
@@ -131,8 +131,7 @@ def train(
                         wall = time.perf_counter() - started
                         rate = (step - first_step) * shared.batch_size / max(wall, 1e-9)
                         numbers = measured(runs, members, found, rows, step)
-                        if numbers:
-                            task.advance(0, **summary(list(numbers.values()), len(runs)))
+                        show(task, runs, members, numbers)
                         walls = {"wall_seconds": wall, "wall_tokens_per_second": rate}
                         lines |= {number: line | walls for number, line in numbers.items()}
                     for number, line in lines.items():
@@ -163,13 +162,24 @@ def title(runs: Sequence[Run]) -> str:
     return f"training {runs[0].config.name}" if len(runs) == 1 else f"training {len(runs)} runs of {runs[0].sweep}"
 
 
-def summary(lines: Sequence[dict[str, Any]], runs: int) -> dict[str, Any]:
-    """What the progress shows: the numbers of a run; of several, how many go on and the range of each number."""
-    shown = {"loss": "loss", "FVU": "fvu", "L0": "l0", "dead": "dead_share"}
-    if runs == 1:
-        return {name: lines[0][key] for name, key in shown.items()}
-    ranges = {name: sorted(line[key] for line in lines) for name, key in shown.items()}
-    return {"runs": f"{len(lines)}/{runs}"} | {n: f"{values[0]:.3g}..{values[-1]:.3g}" for n, values in ranges.items()}
+def show(task: Task, runs: Sequence[Run], members: Sequence[Progressed], numbers: Mapping[int, dict[str, Any]]) -> None:
+    """The numbers of the last batch: of one run in a line, of several in a table that says which have stopped."""
+    shown = {
+        number: {
+            name: line[key] for name, key in {"loss": "loss", "FVU": "fvu", "L0": "l0", "dead": "dead_share"}.items()
+        }
+        for number, line in numbers.items()
+    }
+    if len(runs) == 1:
+        task.advance(0, **shown.get(0, {}))
+        return
+    task.advance(0, runs=f"{len(numbers)}/{len(runs)}")
+    task.tabulate(
+        {
+            run.config.name: shown.get(number, {"loss": f"stopped at step {members[number].stopped_at}"})
+            for number, run in enumerate(runs)
+        }
+    )
 
 
 def claim(run: Run) -> None:

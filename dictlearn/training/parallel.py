@@ -103,7 +103,7 @@ def refuse_what_cannot_be_shared(config: TrainConfig[Any], splits_latents: bool)
             f"batch_size is {config.batch_size}, which {data_parts} processes in {config.accumulate} parts each cannot "
             f"share evenly; make it a multiple of {data_parts * config.accumulate}."
         )
-    if size > 1 and getattr(config.dictionary, "resample_every", 0):
+    if size > 1 and getattr(config.dictionary, "resample_every", False):
         raise UserError("resample_every draws from all rows of a batch, which no process has; set it to 0, or use one.")
     if size > 1 and config.follow:
         raise UserError("follow is for one process: several may not see a row of a growing store at the same time.")

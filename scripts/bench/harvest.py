@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,6 +63,9 @@ class Stopwatch:
         return self
 
     def advance(self, n: float = 1, **shown: object) -> None:
+        pass
+
+    def tabulate(self, rows: Mapping[str, Mapping[str, object]]) -> None:
         pass
 
     def __enter__(self) -> Stopwatch:
