@@ -34,6 +34,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -153,7 +154,9 @@ def measure(workers: dict[str, Worker], dead_shares: list[float], rounds: int, s
     """One record for each row, dead share and round: seconds, CPU-seconds and losses of ``steps`` steps."""
     order = random.Random(0)
     records, first = [], 0
+    began = time.perf_counter()
     for number in range(-1, rounds):  # the first round warms up
+        print(f"round {number + 1} of {rounds}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         for share in dead_shares:
             for row in order.sample(list(workers), len(workers)):
                 took = workers[row].ask("steps", first=first, steps=steps, dead_share=share)
