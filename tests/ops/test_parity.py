@@ -115,6 +115,16 @@ def test_repeated_rows_and_ties_decode_to_the_reference(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_of_equal_pre_activations_no_more_than_k_are_kept(backend):
+    pre = torch.tensor([[1.0, 2, 2, 2, 0], [3, 3, 3, 3, 3], [-1, -1, -1, -1, -1], [0, 0, 1, 0, 0]], requires_grad=True)
+    kept = ops.BACKENDS[backend].keep_topk(pre, 2)
+    assert kept.count_nonzero(dim=1).tolist() == [2, 2, 0, 1]
+    assert kept.sum(dim=1).tolist() == [4, 6, 0, 1]
+    (gradient,) = torch.autograd.grad(kept.sum(), pre)
+    assert torch.equal(gradient, (kept > 0).float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_several_blocks_equals_the_reference(backend, monkeypatch):
     """A CPU encodes in blocks of rows over one buffer; here the last block is not full."""
     monkeypatch.setattr(portable, "BUFFER_ELEMENTS", 256 * 24)
