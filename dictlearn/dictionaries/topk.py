@@ -104,13 +104,13 @@ class TopK(Dictionary):
             terms["auxk"] = auxk.detach()
             total = total + self.config.auxk_weight * auxk
         codes = Codes(indices_BK, values_BK.detach(), self.d_sae)
-        return Loss(total, terms, codes, self.target_scaling.undo(output_BO.detach(), x if target is None else target))
+        return Loss(total, terms, codes, self.target_scaling.undo(output_BO.detach(), x))
 
     @torch.no_grad()
     def initialise(
         self, x: Tensor, target: Tensor | None, generator: torch.Generator, control: ControlStatistics
     ) -> None:
-        """Unit decoder rows, random or along data points; an autoencoder's encoder is their transpose.
+        """Unit decoder rows, random or along data points; an autoencoder's encoder is their transpose times a number.
 
         A transcoder has no transpose to start from: its latent s begins mostly as one example, row s of W_enc along a
         centred input and row s of W_dec along that input's target. From random directions 89 % of the latents of
@@ -137,8 +137,7 @@ class TopK(Dictionary):
             read_SD = F.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1)
             self.W_enc.copy_(_towards(x_BD, examples_S, read_SD) if from_data else read_SD)
             self.b_enc.copy_(-self.W_enc @ x_BD.mean(dim=0))
-        if from_data or not self.autoencoder:
-            self._shrink_to_fit(x_BD, target_BO)
+        self._shrink_to_fit(x_BD, target_BO)
 
     def schedule(self, step: int, steps: int) -> None:
         """k: from ``k_start`` linearly to ``k`` over the first ``k_anneal_share`` of the run."""
@@ -222,8 +221,8 @@ class TopK(Dictionary):
     def _shrink_to_fit(self, x_BD: Tensor, target_BO: Tensor) -> None:
         """Scale the encoder by the factor that fits these rows best (least squares).
 
-        A row's examples overlap, so that k of them at full strength overshoot ten times, and the steps that repair it
-        silence many latents for good.
+        The k largest of many random directions overshoot twice, and k of a row's examples, which overlap, ten times.
+        The steps that repair it fill Adam's moments with large gradients and silence many latents for good.
         """
         k = self.config.k_start or self.config.k
         values_BK, indices_BK, _ = ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias())

@@ -295,6 +295,21 @@ class TestTopK(DictionaryTests):
             torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(24))
             assert not dictionary.b_enc.any()
 
+    def test_no_factor_on_the_encoder_would_rebuild_the_first_rows_better(self):
+        """Tied random directions at full strength would begin with more squared error than no latents at all."""
+        for words, transcoder, dictionary in self.cases(updates=0):
+            # the random directions of a transcoder, which read one thing and write another, fit nothing
+            if dictionary.config.k_start is None and words != "random, around zero, transcoder":
+                x, y = self.data(transcoder, rows=256)
+                u = dictionary.input_scaling(x)
+                y = u if y is None else dictionary.target_scaling(y)
+                centred = u - dictionary.b_dec if dictionary.subtracts_b_dec else u
+                pre = centred @ dictionary.W_enc.T + dictionary.b_enc
+                kept = torch.zeros_like(pre).scatter(1, pre.topk(dictionary.k, dim=1).indices, 1.0)
+                part = (pre.relu() * kept) @ dictionary.W_dec
+                factor = (part * (y - dictionary.b_dec)).sum() / part.square().sum()
+                assert float(factor.detach()) == pytest.approx(1, abs=1e-4), words
+
     def test_decoder_rows_begin_along_data_points_when_asked(self):
         """0.8 of a unit example and 0.2 of a random one have a cosine of 0.96 or more with the example."""
         for transcoder in self.modes():
