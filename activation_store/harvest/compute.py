@@ -18,8 +18,8 @@ import numpy as np
 
 from activation_store.commit import columns_of
 from activation_store.errors import UserError
+from activation_store.freed_memory import freed_memory_kept
 from activation_store.harvest.batches import Batch, BatchPlan
-from activation_store.harvest.memory import freed_memory_kept
 from activation_store.harvest.ranks import Group, harvest_together
 from activation_store.harvest.request import Request
 from activation_store.progress import Progress, Task

@@ -13,7 +13,7 @@ from dictlearn.training.configs import TrainConfig
 FLOAT = 4
 GPU_PRE_ACTIVATIONS = 2
 """(B, S) matrices that are there at once on a GPU: the pre-activations, and what the selection makes of them."""
-CPU_BUFFER = 2**23
+CPU_BUFFER = 2**24
 """Pre-activations that are there at once on a CPU (`dictlearn.ops.portable`)."""
 
 

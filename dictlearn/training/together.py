@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from activation_store.freed_memory import freed_memory_kept
 from dictlearn.training.step import Member, NotFinite, Step, take_step
 
 
@@ -22,9 +24,13 @@ class Together:
 
     def __init__(self, members: int, on_cpu: bool, several_processes: bool) -> None:
         # processes that share a member must make the same calls in the same order: no threads
+        self._on_cpu = on_cpu
+        self._memory = ExitStack()
         self._workers = min(members, torch.get_num_threads()) if on_cpu and not several_processes else 1
 
     def __enter__(self) -> Together:
+        if self._on_cpu:
+            self._memory.enter_context(freed_memory_kept())
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._workers, "member") if self._workers > 1 else None
         if self._workers > 1:
@@ -35,6 +41,7 @@ class Together:
         if self._pool is not None:
             self._pool.shutdown()
             torch.set_num_threads(self._threads)
+        self._memory.close()
 
     def take_step(
         self,

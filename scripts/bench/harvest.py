@@ -32,10 +32,10 @@ import torch
 import transformers
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from activation_store.freed_memory import freed_memory_kept
 from activation_store.harvest import HarvestConfig, describe, harvest, load_language_model, resolve_model
 from activation_store.harvest.corpus import open_corpus
 from activation_store.harvest.language_model import BUNDLED_FOLDER, ModelSpec, load_modules
-from activation_store.harvest.memory import freed_memory_kept
 from activation_store.harvest.modules import HookedModules, find_places
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.writer import StoreWriter

@@ -2,6 +2,7 @@
 
     python -m venv peer-saelens; peer-saelens/bin/pip install torch==2.13.0 sae-lens==6.54.12
     python -m venv peer-dl; peer-dl/bin/pip install torch==2.13.0 dictionary-learning==0.1.0
+    peer-dl/bin/pip uninstall torchvision    # which comes along and does not fit the CPU build of torch
     python -m venv peer-sparsify; peer-sparsify/bin/pip install torch==2.13.0 eai-sparsify==1.3.3
     python scripts/bench/train_step.py --rounds 7 --peer sae-lens=peer-saelens/bin/python \
         --peer dictionary-learning=peer-dl/bin/python --peer sparsify=peer-sparsify/bin/python

@@ -70,6 +70,7 @@ class Ours(Implementation):
     backend = "portable"
 
     def __init__(self, d_in: int, d_sae: int, k: int, learning_rate: float, first_rows: Tensor) -> None:
+        from activation_store.freed_memory import freed_memory_kept
         from dictlearn import ops
         from dictlearn.dictionaries.topk import TopK
         from dictlearn.training.configs import OptimiserConfig
@@ -85,6 +86,8 @@ class Ours(Implementation):
         self.member = Member("ours", self.dictionary, optimiser, generator, GRADIENT_CLIP)
         self.steps = MANY_STEPS // 2
         self.take_step = take_step
+        self.memory = freed_memory_kept()  # as in training
+        self.memory.__enter__()
 
     def hold_dead(self, dead_S: Tensor) -> None:
         self.dictionary.rows_since_fired.copy_(dead_S * (self.dictionary.config.dead_after_rows + 1))

@@ -175,6 +175,14 @@ def test_no_matrix_of_all_pre_activations_is_kept_for_backward():
     assert max(saved) <= W_enc.numel()
 
 
+def test_what_was_encoded_in_inference_mode_does_not_disturb_what_comes_after():
+    x, W_enc, b_enc, _, _ = tensors(32, 8, 8, 64, 6, torch.float32)
+    portable._reused.__dict__.clear()
+    with torch.inference_mode():
+        first = portable.encode_topk(x, W_enc, b_enc, 4).values.clone()
+    assert torch.equal(portable.encode_topk(x, W_enc, b_enc, 4).values, first)
+
+
 def test_forcing_a_backend_that_is_not_there_names_those_that_are():
     with pytest.raises(ValueError, match=r"'warp'; choose one of auto, portable, reference"):
         ops.set_backend("warp")

@@ -44,7 +44,7 @@ def test_both_our_steps_lose_the_same_on_the_same_rows(tmp_path):
     assert len(losses["ours"]) == 2 * 2 * 2, "two steps, live and dead, in the round that warms up and in one more"
     np.testing.assert_allclose(losses["ours"], losses["ours, dense"], rtol=1e-5)
     live, dead = ([loss for share, loss in losses["ours"] if bool(share) is some] for some in (False, True))
-    assert min(dead) > max(live), "AuxK adds to the loss where latents are dead"
+    assert np.mean(dead) > np.mean(live) + 0.5 / 32, "AuxK adds up to 1 / 32 to the loss where latents are dead"
     assert measured["fvu"]["ours"] == pytest.approx(measured["fvu"]["ours, dense"], rel=1e-5)
 
 

@@ -79,7 +79,7 @@ def test_every_update_rule_learns_and_its_state_can_be_put_back(rule):
     config = OptimiserConfig(rule=rule, learning_rate=3e-3)
     one = member(config)
     losses = [float(take_step(one, rows(seed=i), None, i, 1000).loss.total) for i in range(150)]
-    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
     other = member(config)
     other.dictionary.load_state_dict(one.dictionary.state_dict())
     other.optimiser.load_tensors({name: tensor.clone() for name, tensor in one.optimiser.tensors().items()})

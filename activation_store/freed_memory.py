@@ -1,4 +1,4 @@
-"""Memory that one forward pass gives back and the next one asks for again.
+"""Memory that one forward pass, or one training step, gives back and the next one asks for again.
 
 A pass allocates and frees tens to hundreds of megabytes. By default glibc's malloc returns large blocks to the kernel
 and has them back page by page, zeroed anew: 10,000 to 40,000 page faults in each pass of 4096 tokens through models of
@@ -6,7 +6,8 @@ and has them back page by page, zeroed anew: 10,000 to 40,000 page faults in eac
 
 Blocks are kept where they lie, so some do not fit what is asked for next and more lie about. Through a model's own
 modules that came to nothing (peaks of 104 to 246 MB either way). Through the Bridge, which writes down all attention
-scores, the peak was up to twice as high, and there it is left alone.
+scores, the peak was up to twice as high, and there it is left alone. A training step of 512 to 8192 on a CPU took 3 %
+less time with memory kept, 9 to 12 % less where AuxK was at work.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from activation_store.harvest import memory
+from activation_store import freed_memory
 
 PAGES_ASKED_FOR = """
 import resource, torch
 from pathlib import Path
-from activation_store.harvest.memory import freed_memory_kept
+from activation_store.freed_memory import freed_memory_kept
 
 numbers = torch.ones(16 << 20)
 
@@ -51,6 +51,6 @@ def test_another_c_library_is_left_alone(monkeypatch):
         def __init__(self, name):
             pass
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", NoMallopt)
-    with memory.freed_memory_kept() as can:
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", NoMallopt)
+    with freed_memory.freed_memory_kept() as can:
         assert can is False
