@@ -139,10 +139,11 @@ class _Decode(torch.autograd.Function):
         ctx.save_for_backward(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
         ctx.set_materialize_grads(False)
         ctx.pairs = output_also = None
-        if also_BA is not None and latents_A is not None:
-            ctx.pairs = _pairs(also_BA, latents_A)
-            output_also = also_BA @ W_dec_SO[latents_A] if ctx.pairs is None else ctx.pairs.bag_rows(W_dec_SO)
-        return _bag_rows(indices_BK, values_BK, W_dec_SO), output_also
+        with torch.autocast(values_BK.device.type, enabled=False):
+            if also_BA is not None and latents_A is not None:
+                ctx.pairs = _pairs(also_BA, latents_A)
+                output_also = also_BA @ W_dec_SO[latents_A] if ctx.pairs is None else ctx.pairs.bag_rows(W_dec_SO)
+            return _bag_rows(indices_BK, values_BK, W_dec_SO), output_also
 
     @staticmethod
     @once_differentiable

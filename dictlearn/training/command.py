@@ -194,7 +194,11 @@ def train_group(
         kind = dictionary_class(config.dictionary.kind)
         parallel.refuse_what_cannot_be_shared(config, splits_latents=bool(kind.latent_tensors))
     processes = parallel.join(configs[0])
+    told = notify if processes.leads else _nobody
     try:
+        for config in configs:
+            if (sentence := never_dead(config, checked.plan.steps)) is not None:
+                told(sentence)
         loader = checked.loader
         loader.device = processes.device
         loader.part_of_batch = processes.data_part
@@ -209,9 +213,21 @@ def train_group(
             for config, control in zip(configs, checked.controls, strict=True)
         ]
         shown = progress if progress is not None and processes.leads else NoProgress()
-        train(runs, checked.plan.steps, loader, checkpoints, shown, notify if processes.leads else _nobody, processes)
+        train(runs, checked.plan.steps, loader, checkpoints, shown, told, processes)
     finally:
         processes.close()
+
+
+def never_dead(config: TrainConfig[Any], steps: int) -> str | None:
+    """What to say of a run that is over before a latent can count as dead, where something was to be done about it."""
+    rows, after = steps * config.batch_size, getattr(config.dictionary, "dead_after_rows", 0)
+    revives = getattr(config.dictionary, "auxk_weight", 0) or getattr(config.dictionary, "resample_every", 0)
+    if not revives or rows > after:
+        return None
+    return (
+        f"The run {config.name!r} has {rows:,} rows, and a latent counts as dead after {after:,}: nothing will be done "
+        f"about dead latents. Set dead_after_rows to {max(1, rows // 10):,}, say, a tenth of the run."
+    )
 
 
 def config_from_yaml(path: str | Path) -> TrainConfig[Any]:

@@ -1,8 +1,8 @@
 """Many members over one batch: on a CPU each takes its step on a thread of its own.
 
-A step has stretches that one processor does alone (sorting, gathering, Python), and short products that do not pay for
-two. With a member to each processor none of them waits for that (docs/benchmarks.md has the measurement, and that of
-one large product for all members, which is not faster on a CPU). On a GPU members take turns.
+Threads that share a product wait for each other at its end, and where other programs want the processors they wait
+long: with a member to each processor none does. On a quiet machine of two processors both ways take the same, and one
+large product for all members takes no less than one for each (docs/benchmarks.md). On a GPU members take turns.
 """
 
 from __future__ import annotations

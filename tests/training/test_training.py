@@ -18,9 +18,20 @@ from activation_store.errors import UserError
 from activation_store.filters import RowFilter
 from activation_store.store import open_store
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
-from dictlearn.training.command import check, config_from_yaml, run_train
+from dictlearn.training.command import check, config_from_yaml, never_dead, run_train
 from dictlearn.training.together import Together
 from tests.training.planted import CODEBOOK, IN, KINDS, OUT, SAE, TRANSCODER, make_store, metrics, weights
+
+
+def test_a_run_too_short_for_a_latent_to_count_as_dead_says_so(workspace):
+    said = []
+    default = replace(SAE, dictionary=TopKConfig(d_sae=64, k=4))
+    run_train(default, workspace, notify=said.append)
+    (sentence,) = said
+    assert "has 7,680 rows, and a latent counts as dead after 10,000,000" in sentence
+    assert sentence.endswith("Set dead_after_rows to 768, say, a tenth of the run.")
+    for config in (SAE, replace(CODEBOOK, steps=2), replace(default, dictionary=TopKConfig(d_sae=64, auxk_weight=0))):
+        assert never_dead(config, 60) is None
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: c.name)
