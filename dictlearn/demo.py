@@ -17,7 +17,9 @@ from dictlearn.circuits.command import CircuitConfig, run_circuit
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.feature_index.command import IndexConfig, run_index
 from dictlearn.metrics.command import EvaluateConfig, Evaluation, run_evaluate
-from dictlearn.training.command import OptimiserConfig, TrainConfig, run_train
+from dictlearn.training.command import run_train
+from dictlearn.training.configs import TrainConfig
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.workspace import Workspace
 
 STORE = "demo"

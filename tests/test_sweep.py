@@ -21,7 +21,7 @@ from dictlearn.dictionaries.topk import TopK
 from dictlearn.sweep import is_sweep, plan, read_sweep, run_sweep
 from dictlearn.training.checkpoint import Checkpoints
 from dictlearn.training.command import run_train
-from dictlearn.training.configs import OptimiserConfig
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.together import Together
 from dictlearn.workspace import Workspace
 from tests.training.planted import IN, OUT, make_store, metrics, weights
@@ -185,7 +185,7 @@ def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkey
     with monkeypatch.context() as patch:
         poison(patch, 80, 17)
         run_sweep(sweep(record), workspace, NoProgress(), said.append)
-    (sentence,) = said
+    _, sentence = said
     reports.trained([workspace.run(config.name) for config in sweep(record).configs])
     table = [line.split() for line in capsys.readouterr().out.splitlines() if "w-dsae" in line]
     assert [line[2:4] for line in table] == [["40", "│"], ["18,", "stopped"]]

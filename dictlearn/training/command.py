@@ -11,31 +11,13 @@ from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
 from activation_store.seeds import derive_seed
-from dictlearn.training.configs import (
-    OptimiserConfig,
-    TrainConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from dictlearn.training.configs import TrainConfig, config_from_dict
 from dictlearn.training.memory import estimate
 from dictlearn.training.records import check_writers
 from dictlearn.workspace import RunFiles, Workspace
 
 if TYPE_CHECKING:
     from activation_store.store import Store
-
-__all__ = [
-    "OptimiserConfig",
-    "TrainConfig",
-    "TrainPlan",
-    "check",
-    "config_from_yaml",
-    "config_to_dict",
-    "read_yaml",
-    "run_train",
-    "train_group",
-]
-
 
 Notify = Callable[[str], None]
 

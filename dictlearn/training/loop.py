@@ -97,6 +97,8 @@ def train(
         checkpoints.remove()
         return
     ops.set_backend(shared.ops)
+    using = f"{ops.backend(processes.device)} operations on {processes.device}, in {precision(shared)}"
+    notify(f"Training with the {using}.")
     first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
     members = [build(run, first, loader, processes) for run in runs]
     step = checkpoints.restore(members, loader.load_state_dict, notify)

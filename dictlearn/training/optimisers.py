@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dictlearn.dictionaries.base import Dictionary
-from dictlearn.training.configs import OptimiserConfig
+from dictlearn.training.optimiser_config import OptimiserConfig
 
 
 class Optimiser:

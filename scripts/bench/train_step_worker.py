@@ -73,7 +73,7 @@ class Ours(Implementation):
         from activation_store.freed_memory import freed_memory_kept
         from dictlearn import ops
         from dictlearn.dictionaries.topk import TopK
-        from dictlearn.training.configs import OptimiserConfig
+        from dictlearn.training.optimiser_config import OptimiserConfig
         from dictlearn.training.optimisers import Optimiser
         from dictlearn.training.step import Member, take_step
 

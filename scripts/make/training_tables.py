@@ -17,7 +17,8 @@ from typing import Any
 from page_tables import table, with_tables
 
 from dictlearn.dictionaries import CONFIGS
-from dictlearn.training.configs import OptimiserConfig, TrainConfig
+from dictlearn.training.configs import TrainConfig
+from dictlearn.training.optimiser_config import OptimiserConfig
 
 
 def sentences(config: type) -> dict[str, str]:

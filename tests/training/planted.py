@@ -13,7 +13,8 @@ import dictlearn
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.writer import StoreWriter
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
-from dictlearn.training.configs import OptimiserConfig, TrainConfig
+from dictlearn.training.configs import TrainConfig
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.workspace import Workspace
 
 IN, OUT = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"

@@ -21,8 +21,9 @@ import yaml
 from activation_store.errors import UserError
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.training.checkpoint import Checkpoints
-from dictlearn.training.command import config_to_dict, run_train
-from dictlearn.training.configs import OptimiserConfig, TrainConfig
+from dictlearn.training.command import run_train
+from dictlearn.training.configs import TrainConfig, config_to_dict
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.parallel import refuse_what_cannot_be_shared
 from dictlearn.workspace import Workspace
 from tests.training.planted import CODEBOOK, IN, metrics, weights

@@ -20,8 +20,9 @@ from activation_store.store import open_store
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.training import loop
 from dictlearn.training.checkpoint import Checkpoints
-from dictlearn.training.command import OptimiserConfig, TrainConfig
+from dictlearn.training.configs import TrainConfig
 from dictlearn.training.loop import Run, train
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.workspace import RunFiles, Workspace
 from tests.tiny_models import CORPUS_TEXT
 

@@ -25,9 +25,10 @@ from activation_store.errors import UserError
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.training import checkpoint
 from dictlearn.training.checkpoint import Checkpoints
-from dictlearn.training.command import config_to_dict, run_train
-from dictlearn.training.configs import OptimiserConfig
+from dictlearn.training.command import run_train
+from dictlearn.training.configs import config_to_dict
 from dictlearn.training.interruption import TrainingInterrupted
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.together import Together
 from dictlearn.workspace import Workspace
 from tests.training.planted import KINDS, SAE, TRANSCODER, make_store, metrics, weights
@@ -247,7 +248,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(workspace, monk
     DAMAGE[damage](newest(checkpoints))
     said = []
     run_train(SAE, workspace, notify=said.append)
-    (sentence,) = said
+    _, sentence = said
     assert sentence.startswith("The checkpoint of step 42 in") and sentence.endswith(
         "; continuing from that of step 35."
     )

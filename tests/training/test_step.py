@@ -13,8 +13,9 @@ from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.dictionaries.icfl import ICFL
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.training.command import run_train
-from dictlearn.training.configs import OptimiserConfig, TrainConfig
+from dictlearn.training.configs import TrainConfig
 from dictlearn.training.memory import Memory, estimate, what_to_lower
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.optimisers import Average, Optimiser
 from dictlearn.training.step import Member, NotFinite, backward, clip, take_step
 from dictlearn.training.together import Together
