@@ -112,8 +112,8 @@ def harvest(args: list[str]) -> None:
 def train(args: list[str]) -> None:
     from dictlearn.dictionaries import config_class
     from dictlearn.sweep import is_sweep
-    from dictlearn.training.command import check, config_from_yaml, run_train
-    from dictlearn.training.configs import TrainConfig
+    from dictlearn.training.command import check, run_train
+    from dictlearn.training.configs import TrainConfig, config_from_yaml
 
     default = None
     if args and not args[0].startswith("-"):

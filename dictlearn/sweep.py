@@ -28,8 +28,8 @@ from typing import Any
 
 from activation_store.errors import UserError
 from activation_store.progress import Progress
-from dictlearn.training.command import Notify, check, read_yaml, train_group
-from dictlearn.training.configs import TrainConfig, config_from_dict
+from dictlearn.training.command import Notify, check, train_group
+from dictlearn.training.configs import TrainConfig, config_from_dict, read_yaml
 from dictlearn.workspace import NAME, Workspace
 
 MOST = 256

@@ -11,7 +11,7 @@ from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
 from activation_store.seeds import derive_seed
-from dictlearn.training.configs import TrainConfig, config_from_dict
+from dictlearn.training.configs import TrainConfig
 from dictlearn.training.memory import estimate
 from dictlearn.training.records import check_writers
 from dictlearn.workspace import RunFiles, Workspace
@@ -210,30 +210,3 @@ def never_dead(config: TrainConfig[Any], steps: int) -> str | None:
         f"The run {config.name!r} has {rows:,} rows, and a latent counts as dead after {after:,}: nothing will be done "
         f"about dead latents. Set dead_after_rows to {max(1, rows // 10):,}, say, a tenth of the run."
     )
-
-
-def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
-    """Read a run's configuration; an unknown key or a wrong type is named.
-
-    Raises:
-        UserError: no such file, not YAML, or a value that does not fit.
-    """
-    record = read_yaml(path)
-    record.pop("sweep", None)  # whose member a run is decides nothing about it
-    return config_from_dict(record, repr(str(path)))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a file. Raises UserError when there is none, or it holds something else."""
-    import yaml
-
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"There is no configuration file {str(path)!r}.")
-    try:
-        record = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{str(path)!r} holds no configuration; it should be keys and values such as 'name: sae'.")
-    return record

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from activation_store.errors import UserError
@@ -85,6 +86,33 @@ class TrainConfig(Generic[DictionaryConfig]):
     @property
     def seed_of_order(self) -> int:
         return self.seed if self.order_seed is None else self.order_seed
+
+
+def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
+    """Read a run's configuration; an unknown key or a wrong type is named.
+
+    Raises:
+        UserError: no such file, not YAML, or a value that does not fit.
+    """
+    record = read_yaml(path)
+    record.pop("sweep", None)  # whose member a run is decides nothing about it
+    return config_from_dict(record, repr(str(path)))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a file. Raises UserError when there is none, or it holds something else."""
+    import yaml
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no configuration file {str(path)!r}.")
+    try:
+        record = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{str(path)!r} holds no configuration; it should be keys and values such as 'name: sae'.")
+    return record
 
 
 def config_to_dict(config: TrainConfig[Any]) -> dict[str, Any]:

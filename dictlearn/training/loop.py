@@ -30,7 +30,7 @@ from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import save
 from dictlearn.training.checkpoint import Checkpoints, Progressed, put_back
-from dictlearn.training.configs import TrainConfig, config_from_dict, config_to_dict
+from dictlearn.training.configs import TrainConfig, config_from_yaml, config_to_dict
 from dictlearn.training.interruption import Interruption, TrainingInterrupted
 from dictlearn.training.memory import estimate, what_to_lower
 from dictlearn.training.optimisers import Average, Optimiser
@@ -188,9 +188,7 @@ def claim(run: Run) -> None:
     """Write the configuration, or refuse a folder that belongs to a run of another configuration."""
     record, files = config_to_dict(run.config), run.files
     if files.config.exists():
-        found = yaml.safe_load(files.config.read_text())
-        found.pop("sweep", None)
-        there = config_to_dict(config_from_dict(found, str(files.config)))  # what it does not say is as by default
+        there = config_to_dict(config_from_yaml(files.config))  # what it does not say is as by default
         differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
         if differing:
             key = differing[0]

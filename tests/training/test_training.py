@@ -18,7 +18,8 @@ from activation_store.errors import UserError
 from activation_store.filters import RowFilter
 from activation_store.store import open_store
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
-from dictlearn.training.command import check, config_from_yaml, never_dead, run_train
+from dictlearn.training.command import check, never_dead, run_train
+from dictlearn.training.configs import config_from_yaml
 from dictlearn.training.together import Together
 from tests.training.planted import CODEBOOK, IN, KINDS, OUT, SAE, TRANSCODER, make_store, metrics, weights
 
