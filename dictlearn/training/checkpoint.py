@@ -112,8 +112,6 @@ class Checkpoints:
             state = {"version": VERSION, "step": step, "loader": position, "members": about}
             _write_text(temporary / STATE, json.dumps(state, indent=1))
             _sync_folder(temporary)
-            if final.exists():  # damaged, and overtaken since
-                shutil.rmtree(final)
             os.replace(temporary, final)
             _sync_folder(self.folder)
             for old in self.steps()[: -self.keep]:
@@ -133,7 +131,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints and none can be read, or they are of other members.
         """
-        problems: list[str] = []
+        problems: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 state = self._read_state(step, members)
@@ -143,16 +141,17 @@ class Checkpoints:
                     if one.parts:
                         put_back(one.member, self._read_member(self._folder(step), one))
             except (OSError, ValueError, KeyError, TypeError, SafetensorError, Damaged) as problem:
-                problems.append(f"The checkpoint of step {step} in {str(self.folder)!r} is damaged ({problem})")
+                problems[step] = f"The checkpoint of step {step} in {str(self.folder)!r} is damaged ({problem})"
                 continue
             load_position(state["loader"])
-            for sentence in problems:
+            for sentence in problems.values():
                 notify(f"{sentence}; continuing from that of step {step}.")
+            self._put_aside(list(problems))
             return step
         if problems:
             raise UserError(
-                f"{problems[0]}, and there is no other to continue from; delete that folder to start the run again "
-                "from its first step."
+                f"{next(iter(problems.values()))}, and there is no other to continue from; delete that folder to "
+                "start the run again from its first step."
             )
         if (self.folder.parent / "checkpoint.pt").exists():
             raise UserError(
@@ -175,6 +174,16 @@ class Checkpoints:
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}"
+
+    def _put_aside(self, damaged: Sequence[int]) -> None:
+        """Under a name that no later checkpoint is made from; they go with the others in the end."""
+        self.wait()  # all have looked at them
+        if self.leads:
+            for step in damaged:
+                aside = self.folder / f"damaged-{step:09d}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self._folder(step), aside)
+        self.wait()
 
     def _remove(self, step: int) -> None:
         """Under another name first, so that a kill leaves no checkpoint with a file missing."""

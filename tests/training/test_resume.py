@@ -255,6 +255,20 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(workspace, monk
     assert_same_runs(workspace, "sae", "whole")
 
 
+def test_a_damaged_checkpoint_is_put_aside_until_the_end(workspace, monkeypatch):
+    """It must not count among those that are kept, nor give its files to a later one."""
+    checkpoints = interrupted(workspace, monkeypatch)
+    flip(newest(checkpoints) / "sae.0.safetensors")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 47)
+        with pytest.raises(Killed):
+            run_train(replace(SAE, checkpoint_every=5), workspace)
+    assert checkpoints.steps() == [40, 45]
+    assert [path.name for path in checkpoints.folder.glob("damaged-*")] == ["damaged-000000042"]
+    run_train(SAE, workspace)
+    assert not checkpoints.folder.exists()
+
+
 def test_when_all_checkpoints_are_damaged_nothing_is_thrown_away(workspace, monkeypatch):
     checkpoints = interrupted(workspace, monkeypatch)
     for step in checkpoints.steps():
