@@ -10,16 +10,17 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
+from dictlearn.dictionaries.configs import BatchTopKConfig, ICFLConfig, TopKConfig
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary
 
 REGISTRY = {
     "topk": "dictlearn.dictionaries.topk:TopK",
+    "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
-CONFIGS = {config.kind: config for config in (TopKConfig, ICFLConfig)}
+CONFIGS = {config.kind: config for config in (TopKConfig, BatchTopKConfig, ICFLConfig)}
 
 
 def config_class(kind: str) -> type:

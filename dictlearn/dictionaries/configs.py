@@ -70,6 +70,24 @@ class TopKConfig:
 
 
 @dataclass(frozen=True)
+class BatchTopKConfig(TopKConfig):
+    """TopK with the active latents shared out over the batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+    kind: ClassVar[str] = "batchtopk"
+
+    k: int = 32
+    """Latents active per row, on average over a batch."""
+    threshold_rate: float = 0.01
+    """How far each step moves the threshold used after training towards the least value selected in its batch."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        if not 0 < self.threshold_rate <= 1:
+            raise UserError(f"threshold_rate is {self.threshold_rate}; it must lie above 0 and at most at 1.")
+
+
+@dataclass(frozen=True)
 class ICFLConfig:
     """Iterative codebook feature learning: codes by matching pursuit, no learned encoder (arXiv 2412.16247)."""
 

@@ -15,7 +15,7 @@ Axes: B rows, D input width, O output width, S latents, K active per row, A dead
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update, forget_moments
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings
+from dictlearn.ops import TopKCodes
 
 MULTIPLE = 4
 """Times k: the latents that the Multi-TopK term decodes (Gao et al. 2024; its weight there is 1/8)."""
@@ -38,7 +39,7 @@ class TopK(Dictionary):
     kind = "topk"
     Config = TopKConfig
     config: TopKConfig
-    latent_tensors = ("W_enc", "b_enc", "W_dec", "rows_since_fired")
+    latent_tensors: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "rows_since_fired")
 
     def __init__(self, config: TopKConfig, d_in: int, d_out: int | None = None) -> None:
         super().__init__(config, d_in, d_out)
@@ -60,7 +61,7 @@ class TopK(Dictionary):
         Where an autoencoder's rows have a scale of their own, values are multiplied by it, so that a value times its
         decoder row is raw; the codes' offset is the rest of what makes a row raw again.
         """
-        codes = ops.encode_topk(self.input_scaling(x), self.W_enc, self.b_enc, self.k, self._pre_bias())
+        codes = self._active(self.input_scaling(x))
         if not isinstance(self.target_scaling, RowWise):
             return Codes(codes.indices, codes.values, self.d_sae)
         shift_B1, scale_B1 = self.target_scaling.of_rows(x)
@@ -79,9 +80,7 @@ class TopK(Dictionary):
         dead_A = ops.latents_where(dead_S) if revive else None
         wide = self.config.multi_topk_weight > 0
         slots = min(MULTIPLE * self.k, self.config.d_sae) if wide else self.k
-        values_BK, indices_BK, dead_pre_BA = ops.encode_topk(
-            x_BD, self.W_enc, self.b_enc, slots, self._pre_bias(), dead_A
-        )
+        values_BK, indices_BK, dead_pre_BA = self._select(x_BD, slots, dead_A)
         if wide:
             wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + self.b_dec
             values_BK, indices_BK = self._largest(values_BK, indices_BK)
@@ -198,7 +197,7 @@ class TopK(Dictionary):
         """
         x_BD = self.input_scaling(update.x)
         target_BO = x_BD if update.target is None else self.target_scaling(update.target)
-        codes = ops.encode_topk(x_BD, self.W_enc, self.b_enc, self.k, self._pre_bias())
+        codes = self._select(x_BD, self.k)
         error_BO = target_BO - ops.decode(codes.values, codes.indices, self.W_dec) - self.b_dec
         squared_B = error_BO.square().sum(dim=1).double().cpu()
         dead_A = ops.latents_where(self.rows_since_fired > self.config.dead_after_rows)
@@ -217,6 +216,14 @@ class TopK(Dictionary):
         self.rows_since_fired[dead_A] = 0
         return len(dead_A)
 
+    def _active(self, x_BD: Tensor) -> TopKCodes:
+        """What `encode` finds active in scaled rows."""
+        return self._select(x_BD, self.k)
+
+    def _select(self, x_BD: Tensor, k: int, also_A: Tensor | None = None) -> TopKCodes:
+        """What is active in a batch of scaled rows while training, and the pre-activations of ``also_A`` besides."""
+        return ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias(), also_A)
+
     def _largest(self, values_BW: Tensor, indices_BW: Tensor) -> tuple[Tensor, Tensor]:
         """Of the latents selected in each row the k with the largest values."""
         kept_BW = ops.keep_topk(values_BW, self.k)
@@ -230,7 +237,7 @@ class TopK(Dictionary):
         The steps that repair it fill Adam's moments with large gradients and silence many latents for good.
         """
         k = self.config.k_start or self.config.k
-        values_BK, indices_BK, _ = ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias())
+        values_BK, indices_BK, _ = self._select(x_BD, k)
         output_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         energy = output_BO.square().sum()
         fit = (output_BO * (target_BO - self.b_dec)).sum() / energy.clamp_min(LEAST)

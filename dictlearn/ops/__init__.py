@@ -2,6 +2,7 @@
 
     encode_topk(x, W_enc, b_enc, k, b_pre, also) -> TopKCodes: values (B, K), indices (B, K), also (B, A)
     keep_topk(pre (B, A), k)                     -> (B, A), the k largest of each row through a ReLU, zeros elsewhere
+    keep_largest_of_batch(values (B, K), k)      -> (B, K), the B k largest of all rows together, zeros elsewhere
     decode(values, indices, W_dec)               -> (B, d_out)
     decode_also(values, indices, W_dec, also (B, A), latents (A,)) -> the same, and also @ W_dec[latents]
 
@@ -15,6 +16,8 @@ order of floating-point sums. `dictlearn.ops.ranks` puts the same operations ove
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -28,13 +31,17 @@ __all__ = [
     "BACKENDS",
     "TopKCodes",
     "anywhere",
+    "anywhere_over_rows",
     "backend",
     "decode",
     "decode_also",
     "encode_topk",
+    "keep_largest_of_batch",
     "keep_topk",
     "latents_where",
+    "least_over_rows",
     "mean_over_rows",
+    "one_process",
     "ranks",
     "set_backend",
     "total_over_latents",
@@ -82,6 +89,17 @@ def use_ranks(ranks: Ranks | None) -> None:
     _ranks = ranks or OneProcess()
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Within the block everything is here, on this process: what every process does for itself with whole tensors."""
+    global _ranks
+    before, _ranks = _ranks, OneProcess()
+    try:
+        yield
+    finally:
+        _ranks = before
+
+
 def ranks() -> Ranks:
     """The processes that rows and latents are spread over."""
     return _ranks
@@ -99,6 +117,11 @@ def encode_topk(
 
 def keep_topk(pre: Tensor, k: int) -> Tensor:
     return _ranks.keep_topk(_backend(pre), pre, k)
+
+
+def keep_largest_of_batch(values: Tensor, k: int) -> Tensor:
+    """Of the selected values (B, K) of all rows, on all ranks, the k times as many as rows that are largest."""
+    return values * _ranks.among_the_largest_of_batch(values, k)
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -123,6 +146,16 @@ def anywhere(mask: Tensor) -> bool:
 def mean_over_rows(scalar: Tensor) -> Tensor:
     """A detached mean over this rank's rows, made one over the whole batch."""
     return _ranks.mean_over_rows(scalar)
+
+
+def anywhere_over_rows(found: Tensor) -> bool:
+    """Whether something that this rank found in its rows () is so on any rank: all ranks must take the same branch."""
+    return bool(_ranks.anywhere_in_batch(found))
+
+
+def least_over_rows(scalar: Tensor) -> Tensor:
+    """A detached minimum over this rank's rows, made one over the whole batch."""
+    return _ranks.least_of_batch(scalar)
 
 
 def total_over_latents(count: Tensor) -> Tensor:

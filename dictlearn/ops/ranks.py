@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from dictlearn.ops.reference import TopKCodes
@@ -38,6 +39,10 @@ class Ranks(Protocol):
     ) -> TopKCodes: ...
 
     def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor: ...
+
+    def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor: ...
+
+    def least_of_batch(self, scalar: Tensor) -> Tensor: ...
 
     def total(self, part: Tensor) -> Tensor: ...
 
@@ -71,6 +76,12 @@ class OneProcess:
 
     def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor:
         return backend.keep_topk(pre, k)
+
+    def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor:
+        return _among_the_largest_of_all(values.detach().flatten(), k * len(values)).view(values.shape)
+
+    def least_of_batch(self, scalar: Tensor) -> Tensor:
+        return scalar
 
     def total(self, part: Tensor) -> Tensor:
         return part
@@ -128,6 +139,26 @@ class ProcessMesh:
         values_BK, places_BK = kept_BA.detach().topk(min(k, kept_BA.shape[1]), dim=1, sorted=False)
         mask_BK = self._among_the_largest(values_BK, k)
         return kept_BA * torch.zeros_like(kept_BA).scatter(1, places_BK, mask_BK.to(kept_BA.dtype))
+
+    def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor:
+        """Ranks have equally many rows, and may have slots of different numbers. The latents may not be spread."""
+        if self.latent_parts > 1:
+            raise ValueError("The largest of a whole batch cannot be found where latents are spread over processes.")
+        slots = torch.tensor(values.shape[1], device=values.device)
+        dist.all_reduce(slots, dist.ReduceOp.MAX, group=self.data)
+        mine = F.pad(values.detach(), (0, int(slots) - values.shape[1]), value=-torch.inf).flatten()
+        all_ranks = [torch.empty_like(mine) for _ in range(self.data.size())]
+        dist.all_gather(all_ranks, mine, group=self.data)
+        # all ranks sort the same numbers, so that all make the same choice among those that tie
+        chosen = _among_the_largest_of_all(torch.cat(all_ranks), k * len(values) * self.data.size())
+        of_rank = chosen.chunk(self.data.size())[dist.get_rank(self.data)]
+        return of_rank.view(len(values), -1)[:, : values.shape[1]]
+
+    def least_of_batch(self, scalar: Tensor) -> Tensor:
+        least = scalar.detach().clone()
+        if self.data.size() > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.data)
+        return least
 
     def total(self, part: Tensor) -> Tensor:
         return _Total.apply(part, self.latents) if self.latent_parts > 1 else part
@@ -191,6 +222,12 @@ class ProcessMesh:
         first = dist.get_rank(self.latents) * k
         mask = torch.zeros(candidates.shape, dtype=torch.bool, device=values_BK.device)
         return mask.scatter_(1, chosen_Bk, True)[:, first : first + offered]
+
+
+def _among_the_largest_of_all(values_N: Tensor, count: int) -> Tensor:
+    """(N,) bool: which are the ``count`` largest; all, if there are fewer."""
+    chosen = values_N.topk(min(count, len(values_N)), sorted=False).indices
+    return torch.zeros(len(values_N), dtype=torch.bool, device=values_N.device).scatter_(0, chosen, True)
 
 
 class _Total(torch.autograd.Function):

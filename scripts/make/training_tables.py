@@ -22,10 +22,12 @@ from dictlearn.training.optimiser_config import OptimiserConfig
 
 
 def sentences(config: type) -> dict[str, str]:
-    """The sentence right below each field."""
+    """The sentence right below each field, which may stand in a class that it inherits from."""
+    found: dict[str, str] = {}
+    for base in config.__bases__:
+        found |= {} if base is object else sentences(base)
     (of_class,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(config))).body
     assert isinstance(of_class, ast.ClassDef)
-    found = {}
     for field, below in zip(of_class.body, of_class.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             found[field.target.id] = " ".join(ast.literal_eval(below.value).split())

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from dictlearn import ops
-from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.dictionaries.base import Update
+from dictlearn.dictionaries.batch_topk import BatchTopK
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops.ranks import ProcessMesh
 from dictlearn.training.parallel import keep_latents
 
+KINDS: tuple[type[TopK], ...] = (TopK, BatchTopK)
 ROWS, D_IN, D_OUT, LATENTS = 24, 10, 7, 37  # 37 latents are shared unevenly
 
 
@@ -27,8 +30,10 @@ def compare(rank: int, size: int, data_parts: int, rendezvous: str) -> None:
     mesh = dist.init_device_mesh("cpu", (data_parts, size // data_parts), mesh_dim_names=("data", "latents"))
     groups = mesh.get_group("data"), mesh.get_group("latents")
     try:
-        for seed, k, k_aux, dead, transcoder in itertools.product((0, 1), (1, 5, 30), (3, 40), DEAD, (False, True)):
-            whole, x, target = made(seed, k, k_aux, dead, transcoder)
+        kinds = [kind for kind in KINDS if groups[1].size() == 1 or kind.latent_tensors]
+        cases = itertools.product(kinds, (0, 1), (1, 5, 30), (3, 40), DEAD, (False, True))
+        for kind, seed, k, k_aux, dead, transcoder in cases:
+            whole, x, target = made(kind, seed, k, k_aux, dead, transcoder)
             part = copy.deepcopy(whole)
             latents = [LATENTS * i // groups[1].size() for i in (groups[1].rank(), groups[1].rank() + 1)]
             rows = slice(*(ROWS * i // groups[0].size() for i in (groups[0].rank(), groups[0].rank() + 1)))
@@ -46,7 +51,7 @@ def compare(rank: int, size: int, data_parts: int, rendezvous: str) -> None:
             found.total.backward()
             ops.ranks().average_gradients(list(part.parameters()))
             part.observe(found.codes)
-            case = f"seed {seed}, k {k}, k_aux {k_aux}, {dead}, transcoder {transcoder}, rank {rank} of {size}"
+            case = f"{kind.kind}, seed {seed}, k {k}, k_aux {k_aux}, {dead}, transcoder {transcoder}, rank {rank}"
             close(ops.mean_over_rows(found.total.detach()), expected.total.detach(), f"total: {case}")
             assert found.terms.keys() == expected.terms.keys(), case
             for name, value in found.terms.items():
@@ -62,6 +67,11 @@ def compare(rank: int, size: int, data_parts: int, rendezvous: str) -> None:
                 if name in part.latent_tensors:
                     of_whole = of_whole[latents[0] : latents[1]]
                 close(parameter.grad, of_whole, f"gradient of {name}: {case}")
+            if isinstance(whole, BatchTopK) and isinstance(part, BatchTopK):
+                expected_threshold = float(expected.codes.values[expected.codes.values > 0].min())
+                part.config = replace(part.config, threshold_rate=1.0)
+                part.after_update(Update({}, 0, 1, torch.Generator(), x[rows], target, found))
+                assert abs(float(part.threshold) - expected_threshold) < 1e-9, case
             assert torch.equal(part.rows_since_fired, whole.rows_since_fired[latents[0] : latents[1]]), case
     finally:
         ops.use_ranks(None)
@@ -71,11 +81,13 @@ def compare(rank: int, size: int, data_parts: int, rendezvous: str) -> None:
 DEAD = ("nothing dead", "the last third dead", "everything dead")
 
 
-def made(seed: int, k: int, k_aux: int, dead: str, transcoder: bool) -> tuple[TopK, torch.Tensor, torch.Tensor | None]:
+def made(
+    kind: type[TopK], seed: int, k: int, k_aux: int, dead: str, transcoder: bool
+) -> tuple[TopK, torch.Tensor, torch.Tensor | None]:
     """A dictionary in float64 with no parameter at a symmetric place, and a batch."""
     generator = torch.Generator().manual_seed(seed)
-    config = TopKConfig(d_sae=LATENTS, k=k, k_aux=min(k_aux, LATENTS), dead_after_rows=100, multi_topk_weight=seed / 8)
-    dictionary = TopK(config, D_IN, D_OUT if transcoder else None).double()
+    config = kind.Config(d_sae=LATENTS, k=k, k_aux=min(k_aux, LATENTS), dead_after_rows=100, multi_topk_weight=seed / 8)
+    dictionary = kind(config, D_IN, D_OUT if transcoder else None).double()
     x = torch.randn(ROWS, D_IN, generator=generator, dtype=torch.float64) * 3 + 1
     target = torch.randn(ROWS, D_OUT, generator=generator, dtype=torch.float64) if transcoder else None
     dictionary.initialise(x, target, generator, None)  # type: ignore[arg-type]

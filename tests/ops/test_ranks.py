@@ -18,7 +18,7 @@ def test_a_split_dictionary_equals_the_whole_one(tmp_path, size, data_parts):
 
 def test_the_comparison_sees_a_part_that_is_missing(tmp_path):
     """Two processes that do not add up what their latents decode to."""
-    with pytest.raises(multiprocessing.ProcessRaisedException, match="total: seed 0"):
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="total: topk, seed 0"):
         multiprocessing.spawn(_without_summing, (2, 1, str(tmp_path / "rendezvous")), nprocs=2)
 
 
