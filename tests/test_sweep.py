@@ -91,12 +91,17 @@ def test_a_grid_alone_names_its_runs_by_what_differs(sweep):
 
 
 @pytest.fixture
-def one_thread():
+def threads():
+    """Set their number; it is as before in the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
     """Sums do not depend on how many threads make them; whether a product does is the library's affair."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads(1)
 
 
 def test_every_run_of_a_sweep_is_the_run_it_would_be_alone(workspace, sweep, one_thread):
@@ -112,15 +117,15 @@ def test_every_run_of_a_sweep_is_the_run_it_would_be_alone(workspace, sweep, one
     assert not workspace.sweep("w").checkpoints.exists()
 
 
-def test_runs_on_threads_of_their_own_are_the_same_runs(workspace, sweep, monkeypatch):
-    """With as many threads as this machine has: to float tolerance, since a product may be cut up differently."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+def test_runs_on_threads_of_their_own_are_the_same_runs(workspace, sweep, monkeypatch, threads):
+    """To float tolerance, since a product may be cut up differently."""
+    threads(3)
     of = sweep(MIXED)
     taken = []
     enter = Together.__enter__
     monkeypatch.setattr(Together, "__enter__", lambda self: taken.append(self._workers) or enter(self))
     run_sweep(of, workspace, NoProgress(), print)
-    assert taken == [3]
+    assert taken == [3] and torch.get_num_threads() == 3
     monkeypatch.undo()
     for config in of.configs[::2]:
         alone = replace(config, name="alone-" + config.name)

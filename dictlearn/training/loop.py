@@ -209,9 +209,10 @@ def build(run: Run, first: dict[str, Tensor], loader: ActivationSource, processe
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "dictionary") % 2**63)
     dictionary = empty(config, loader)
     dictionary.provenance = provenance(config, loader)
-    dictionary.initialise(
-        first[config.hook], first.get(config.target_hook or ""), generator, run.control.statistics(config.hook)
-    )
+    with ops.one_process():  # every process initialises the whole dictionary
+        dictionary.initialise(
+            first[config.hook], first.get(config.target_hook or ""), generator, run.control.statistics(config.hook)
+        )
     rows = processes.rows_of(dictionary.d_sae)
     keep_latents(dictionary, rows)
     dictionary.to(processes.device)
