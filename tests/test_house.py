@@ -52,6 +52,7 @@ def test_the_import_contracts_are_kept() -> None:
             "reading and writing < harvest",
         ),
         ("dictlearn/codes.py", "import dictlearn.ops", "codes < ops < dictionaries"),
+        ("dictlearn/synthetic.py", "import dictlearn.dictionaries", "codes < ops < dictionaries"),
         ("dictlearn/dictionaries/__init__.py", "import dictlearn.training", "codes < ops < dictionaries"),
         ("dictlearn/metrics/__init__.py", "def f():\n    import dictlearn.training", "codes < ops < dictionaries"),
         ("dictlearn/dictionaries/__init__.py", "import dictlearn.circuits", "dictionaries < feature_index, circuits"),
