@@ -6,6 +6,7 @@ the command line. `check` is called with the widths and raises UserError.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -88,6 +89,49 @@ class BatchTopKConfig(TopKConfig):
 
 
 @dataclass(frozen=True)
+class PenalisedConfig:
+    """What is asked of every kind whose sparsity comes from a penalty."""
+
+    d_sae: int = 4096
+    """Number of latents."""
+    warm_up_share: float = 0.05
+    """Share of the run, from its start, over which the sparsity penalty rises linearly from 0 to its weight."""
+    dead_after_rows: int = 10_000_000
+    """A latent counts as dead when it has not fired for this many rows (tokens)."""
+    resample_every: int = 0
+    """Steps between two redrawings of dead latents towards rows that are rebuilt badly; 0 turns it off."""
+    scaling: Literal["mean_square", "none", "per_token", "layer_norm", "whiten"] = "mean_square"
+    """Units of training: data of unit variance, raw, rows of unit mean square, standardised rows, or PCA-whitened."""
+    shrinkage: float = 0.01
+    """Added to every eigenvalue of the control rows' covariance when whitening, as a share of their mean."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_choices(self)
+        _check_positive(self, "d_sae", "dead_after_rows")
+        if not 0 <= self.warm_up_share <= 1:
+            raise UserError(f"warm_up_share is {self.warm_up_share}; it must lie between 0 (no warm-up) and 1.")
+        if self.resample_every < 0:
+            raise UserError(f"resample_every is {self.resample_every}; it must be 0 (off) or positive.")
+        _check_shrinkage(self.shrinkage)
+
+
+@dataclass(frozen=True)
+class ReLUConfig(PenalisedConfig):
+    """ReLU with an L1 penalty on the codes (Bricken et al. 2023)."""
+
+    kind: ClassVar[str] = "relu"
+
+    l1_weight: float = 0.1
+    """Weight of the mean sum of a row's codes, in lengths of a typical row, beside the mean squared error."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        _check_weight(self, "l1_weight")
+
+
+@dataclass(frozen=True)
 class ICFLConfig:
     """Iterative codebook feature learning: codes by matching pursuit, no learned encoder (arXiv 2412.16247)."""
 
@@ -138,6 +182,12 @@ def _check_positive(config: object, *fields: str) -> None:
     for field in fields:
         if getattr(config, field) < 1:
             raise UserError(f"{field} is {getattr(config, field)}; it must be at least 1.")
+
+
+def _check_weight(config: object, field: str) -> None:
+    weight = getattr(config, field)
+    if not 0 <= weight < math.inf:
+        raise UserError(f"{field} is {weight}; it must be 0 (off) or positive.")
 
 
 def _check_shrinkage(shrinkage: float) -> None:
