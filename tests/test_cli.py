@@ -61,7 +61,7 @@ MISTAKES = {
     "configuration that is not there": (["train", "a.yaml"], "There is no configuration file 'a.yaml'."),
     "unknown kind": (
         ["train", "--kind", "tokp", "--name", "a"],
-        "no dictionary of kind 'tokp'; the kinds are batchtopk, ",
+        "no dictionary of kind 'tokp'; the kinds are abstopk, batchtopk, ",
     ),
     "run that is not there": (["evaluate", "nope"], "There is no run 'nope'"),
     "index of nothing": (["index", "nope"], "There is no run 'nope'"),

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.configs import BatchTopKConfig, ICFLConfig, ReLUConfig, TopKConfig
+from dictlearn.dictionaries.configs import AbsTopKConfig, BatchTopKConfig, ICFLConfig, ReLUConfig, TopKConfig
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 REGISTRY = {
     "topk": "dictlearn.dictionaries.topk:TopK",
     "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
+    "abstopk": "dictlearn.dictionaries.abs_topk:AbsTopK",
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
-CONFIGS = {config.kind: config for config in (TopKConfig, BatchTopKConfig, ReLUConfig, ICFLConfig)}
+CONFIGS = {config.kind: config for config in (TopKConfig, BatchTopKConfig, AbsTopKConfig, ReLUConfig, ICFLConfig)}
 
 
 def config_class(kind: str) -> type:

@@ -89,6 +89,16 @@ class BatchTopKConfig(TopKConfig):
 
 
 @dataclass(frozen=True)
+class AbsTopKConfig(TopKConfig):
+    """TopK by absolute value, with signed codes (Zhu et al. 2025, arXiv 2510.00404)."""
+
+    kind: ClassVar[str] = "abstopk"
+
+    k: int = 32
+    """Latents active per row: those with the pre-activations of largest absolute value."""
+
+
+@dataclass(frozen=True)
 class PenalisedConfig:
     """What is asked of every kind whose sparsity comes from a penalty."""
 

@@ -26,7 +26,7 @@ from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update, forget_moments
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings
-from dictlearn.ops import TopKCodes
+from dictlearn.ops import Rule, TopKCodes
 
 MULTIPLE = 4
 """Times k: the latents that the Multi-TopK term decodes (Gao et al. 2024; its weight there is 1/8)."""
@@ -39,6 +39,7 @@ class TopK(Dictionary):
     kind = "topk"
     Config = TopKConfig
     config: TopKConfig
+    rule: ClassVar[Rule] = "relu"
     latent_tensors: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "rows_since_fired")
 
     def __init__(self, config: TopKConfig, d_in: int, d_out: int | None = None) -> None:
@@ -87,7 +88,7 @@ class TopK(Dictionary):
         if dead_A is None or dead_pre_BA is None:
             rebuilt_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         else:
-            dead_BA = ops.keep_topk(dead_pre_BA, self.config.k_aux or max(1, self.d_in // 2))
+            dead_BA = ops.keep_topk(dead_pre_BA, self.config.k_aux or max(1, self.d_in // 2), self.rule)
             rebuilt_BO, revived_BO = ops.decode_also(values_BK, indices_BK, self.W_dec, dead_BA, dead_A)
         output_BO = rebuilt_BO + self.b_dec
         error_BO = target_BO - output_BO
@@ -222,12 +223,12 @@ class TopK(Dictionary):
 
     def _select(self, x_BD: Tensor, k: int, also_A: Tensor | None = None) -> TopKCodes:
         """What is active in a batch of scaled rows while training, and the pre-activations of ``also_A`` besides."""
-        return ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias(), also_A)
+        return ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias(), also_A, self.rule)
 
     def _largest(self, values_BW: Tensor, indices_BW: Tensor) -> tuple[Tensor, Tensor]:
         """Of the latents selected in each row the k with the largest values."""
-        kept_BW = ops.keep_topk(values_BW, self.k)
-        places_BK = kept_BW.topk(min(self.k, kept_BW.shape[1]), dim=1, sorted=False).indices
+        kept_BW = ops.keep_topk(values_BW, self.k, self.rule)
+        places_BK = kept_BW.abs().topk(min(self.k, kept_BW.shape[1]), dim=1, sorted=False).indices
         return kept_BW.gather(1, places_BK), indices_BW.gather(1, places_BK)
 
     def _shrink_to_fit(self, x_BD: Tensor, target_BO: Tensor) -> None:

@@ -6,6 +6,9 @@
     decode(values, indices, W_dec)               -> (B, d_out)
     decode_also(values, indices, W_dec, also (B, A), latents (A,)) -> the same, and also @ W_dec[latents]
 
+Both take a ``rule`` besides: "relu", the default, "magnitude" for the k largest by absolute value, with their sign, or
+"linear" for the k largest as they are.
+
 What ``also`` is for: AuxK wants the pre-activations of the dead latents, densely. They come out of the encoder's one
 matrix product, and their gradients go into the one buffer that the selected latents' gradients go into.
 
@@ -25,10 +28,11 @@ from torch import Tensor
 
 from dictlearn.ops import portable, reference
 from dictlearn.ops.ranks import OneProcess, Ranks
-from dictlearn.ops.reference import TopKCodes
+from dictlearn.ops.reference import Rule, TopKCodes
 
 __all__ = [
     "BACKENDS",
+    "Rule",
     "TopKCodes",
     "anywhere",
     "anywhere_over_rows",
@@ -53,10 +57,10 @@ class Backend(Protocol):
     """What a module of this room has to offer; `dictlearn.ops.reference` says what each function means."""
 
     def encode_topk(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, also: Tensor | None
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, also: Tensor | None, rule: Rule
     ) -> TopKCodes: ...
 
-    def keep_topk(self, pre: Tensor, k: int) -> Tensor: ...
+    def keep_topk(self, pre: Tensor, k: int, rule: Rule) -> Tensor: ...
 
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor: ...
 
@@ -110,13 +114,19 @@ def _backend(x: Tensor) -> Backend:
 
 
 def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None = None, also: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_pre: Tensor | None = None,
+    also: Tensor | None = None,
+    rule: Rule = "relu",
 ) -> TopKCodes:
-    return _ranks.encode_topk(_backend(x), x, W_enc, b_enc, k, b_pre, also)
+    return _ranks.encode_topk(_backend(x), x, W_enc, b_enc, k, b_pre, also, rule)
 
 
-def keep_topk(pre: Tensor, k: int) -> Tensor:
-    return _ranks.keep_topk(_backend(pre), pre, k)
+def keep_topk(pre: Tensor, k: int, rule: Rule = "relu") -> Tensor:
+    return _ranks.keep_topk(_backend(pre), pre, k, rule)
 
 
 def keep_largest_of_batch(values: Tensor, k: int) -> Tensor:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dictlearn.ops.reference import TopKCodes
+from dictlearn.ops import reference
+from dictlearn.ops.reference import Rule, TopKCodes
 
 # torch says once that CSR tensors are in beta; the one documented function of them used here is stable
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -43,13 +44,16 @@ def encode_topk(
     k: int,
     b_pre_D: Tensor | None = None,
     also_A: Tensor | None = None,
+    rule: Rule = "relu",
 ) -> TopKCodes:
     """See `dictlearn.ops.reference.encode_topk`."""
-    return TopKCodes(*_EncodeTopK.apply(x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A))
+    return TopKCodes(*_EncodeTopK.apply(x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule))
 
 
-def keep_topk(pre_BA: Tensor, k: int) -> Tensor:
+def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
     """See `dictlearn.ops.reference.keep_topk`."""
+    if rule != "relu":
+        return reference.keep_topk(pre_BA, k, rule)
     return pre_BA.relu() if k >= pre_BA.shape[1] else _KeepTopK.apply(pre_BA, k)
 
 
@@ -93,11 +97,12 @@ class _EncodeTopK(torch.autograd.Function):
         k: int,
         b_pre_D: Tensor | None,
         also_A: Tensor | None,
+        rule: Rule,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         centred_BD = x_BD if b_pre_D is None else x_BD - b_pre_D
-        values_BK, indices_BK, also_BA = _select(centred_BD, W_enc_SD, b_enc_S, k, also_A)
+        values_BK, indices_BK, also_BA = _select(centred_BD, W_enc_SD, b_enc_S, k, also_A, rule)
         ctx.save_for_backward(centred_BD, W_enc_SD, values_BK, indices_BK, also_A)
-        ctx.has_pre_bias = b_pre_D is not None
+        ctx.has_pre_bias, ctx.rectified = b_pre_D is not None, rule == "relu"
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(indices_BK)
         return values_BK, indices_BK, also_BA
@@ -107,8 +112,11 @@ class _EncodeTopK(torch.autograd.Function):
     def backward(ctx: Any, grad_BK: Tensor | None, _: None, grad_also_BA: Tensor | None) -> tuple[Tensor | None, ...]:
         centred_BD, W_enc_SD, values_BK, indices_BK, also_A = ctx.saved_tensors
         if grad_BK is None and grad_also_BA is None:
-            return (None,) * 6
-        grad_BK = torch.zeros_like(values_BK) if grad_BK is None else grad_BK * (values_BK > 0)
+            return (None,) * 7
+        if grad_BK is None:
+            grad_BK = torch.zeros_like(values_BK)
+        elif ctx.rectified:
+            grad_BK = grad_BK * (values_BK > 0)
         bags = _bags(indices_BK, len(W_enc_SD))
         grad_x = _bag_rows(indices_BK, grad_BK, W_enc_SD) if ctx.needs_input_grad[0] else None
         grad_W = _sum_by_latent(bags, grad_BK, centred_BD) if ctx.needs_input_grad[1] else None
@@ -121,7 +129,7 @@ class _EncodeTopK(torch.autograd.Function):
                 grad_x.addmm_(grad_also_BA, W_enc_SD[also_A])
         # each row's gradient with respect to b_pre is minus that with respect to x: sum before the product, not after
         grad_pre = -(grad_b @ W_enc_SD) if ctx.has_pre_bias else None
-        return grad_x, grad_W, grad_b, None, grad_pre, None
+        return grad_x, grad_W, grad_b, None, grad_pre, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -201,7 +209,7 @@ def _pairs(also_BA: Tensor, latents_A: Tensor) -> _Pairs | None:
     """None where a dense product is faster."""
     if also_BA.device.type != "cpu" or also_BA.dtype not in (torch.float32, torch.float64):
         return None
-    places = np.flatnonzero(also_BA.numpy() > 0)  # several times faster than torch's nonzero
+    places = np.flatnonzero(also_BA.numpy() != 0)  # several times faster than torch's nonzero
     if len(places) >= DENSE_FROM * also_BA.numel():
         return None
     rows_P, columns_P = (torch.from_numpy(part) for part in np.divmod(places, also_BA.shape[1]))
@@ -214,9 +222,9 @@ def _pairs(also_BA: Tensor, latents_A: Tensor) -> _Pairs | None:
 
 
 def _select(
-    x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int, also_A: Tensor | None
+    x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int, also_A: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values through a ReLU, indices, and the pre-activations of the latents asked for besides."""
+    """Values as the rule makes them, indices, and the pre-activations of the latents asked for besides."""
     dtype = x_BD.dtype
     if torch.is_autocast_enabled(x_BD.device.type):
         low = torch.get_autocast_dtype(x_BD.device.type)
@@ -228,11 +236,17 @@ def _select(
     also_BA = None if also_A is None else x_BD.new_empty(B, len(also_A))
     with torch.autocast(x_BD.device.type, enabled=False):
         buffer = _buffer(block, S, x_BD)
+        magnitudes = _buffer(block, S, x_BD, "magnitudes") if rule == "magnitude" else buffer
         for start in range(0, B, block):
             rows = slice(start, min(start + block, B))
             pre_bS = torch.addmm(b_S, x_BD[rows], W_SD.T, out=buffer[: rows.stop - start])
-            top_bK, indices_BK[rows] = pre_bS.topk(k, dim=1, sorted=False)
-            values_BK[rows] = top_bK.relu_()
+            if rule == "magnitude":
+                by_bS = torch.abs(pre_bS, out=magnitudes[: rows.stop - start])
+                indices_BK[rows] = by_bS.topk(k, dim=1, sorted=False).indices
+                values_BK[rows] = pre_bS.gather(1, indices_BK[rows])
+            else:
+                top_bK, indices_BK[rows] = pre_bS.topk(k, dim=1, sorted=False)
+                values_BK[rows] = top_bK.relu_() if rule == "relu" else top_bK
             if also_A is not None and also_BA is not None:
                 torch.index_select(pre_bS, 1, also_A, out=also_BA[rows])
     return values_BK, indices_BK, None if also_BA is None else also_BA.to(dtype)
@@ -260,14 +274,14 @@ def _keep_by_threshold(pre_BA: Tensor, k: int) -> Tensor:
 _reused = threading.local()
 
 
-def _buffer(rows: int, S: int, like: Tensor) -> Tensor:
-    """(rows, S), reused by the next call of this thread: fresh memory costs a page fault every 4 kB."""
+def _buffer(rows: int, S: int, like: Tensor, name: str = "pre-activations") -> Tensor:
+    """(rows, S), reused by this thread's next call for the name: fresh memory costs a page fault every 4 kB."""
     if like.device.type != "cpu":
         return like.new_empty(rows, S)
-    kept: Tensor | None = getattr(_reused, "buffer", None)
+    kept: Tensor | None = _reused.__dict__.get(name)
     if kept is None or kept.dtype != like.dtype or kept.numel() < rows * S:
         with torch.inference_mode(False):  # what is made in inference mode may not be written to outside it
-            kept = _reused.buffer = torch.empty(rows * S, dtype=like.dtype)
+            kept = _reused.__dict__[name] = torch.empty(rows * S, dtype=like.dtype)
     return kept[: rows * S].view(rows, S)
 
 

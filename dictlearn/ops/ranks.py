@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dictlearn.ops.reference import TopKCodes
+from dictlearn.ops.reference import Rule, TopKCodes
 
 if TYPE_CHECKING:
     from dictlearn.ops import Backend
@@ -36,9 +36,10 @@ class Ranks(Protocol):
         k: int,
         b_pre: Tensor | None,
         also: Tensor | None,
+        rule: Rule = "relu",
     ) -> TopKCodes: ...
 
-    def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor: ...
+    def keep_topk(self, backend: Backend, pre: Tensor, k: int, rule: Rule = "relu") -> Tensor: ...
 
     def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor: ...
 
@@ -71,11 +72,12 @@ class OneProcess:
         k: int,
         b_pre: Tensor | None,
         also: Tensor | None,
+        rule: Rule = "relu",
     ) -> TopKCodes:
-        return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also)
+        return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also, rule)
 
-    def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor:
-        return backend.keep_topk(pre, k)
+    def keep_topk(self, backend: Backend, pre: Tensor, k: int, rule: Rule = "relu") -> Tensor:
+        return backend.keep_topk(pre, k, rule)
 
     def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor:
         return _among_the_largest_of_all(values.detach().flatten(), k * len(values)).view(values.shape)
@@ -125,18 +127,22 @@ class ProcessMesh:
         k: int,
         b_pre: Tensor | None,
         also: Tensor | None,
+        rule: Rule = "relu",
     ) -> TopKCodes:
         if self.latent_parts == 1:
-            return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also)
+            return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also, rule)
         x, b_pre = self._shared(x), None if b_pre is None else self._shared(b_pre)
-        codes = backend.encode_topk(x, W_enc, b_enc, min(k, len(W_enc)), b_pre, also)
-        return codes._replace(values=codes.values * self._among_the_largest(codes.values, k))
+        codes = backend.encode_topk(x, W_enc, b_enc, min(k, len(W_enc)), b_pre, also, rule)
+        by = codes.values.detach().abs() if rule == "magnitude" else codes.values.detach()
+        return codes._replace(values=codes.values * self._among_the_largest(by, k))
 
-    def keep_topk(self, backend: Backend, pre: Tensor, k: int) -> Tensor:
-        kept_BA = backend.keep_topk(pre, k)
+    def keep_topk(self, backend: Backend, pre: Tensor, k: int, rule: Rule = "relu") -> Tensor:
+        kept_BA = backend.keep_topk(pre, k, rule)
         if self.latent_parts == 1:
             return kept_BA
-        values_BK, places_BK = kept_BA.detach().topk(min(k, kept_BA.shape[1]), dim=1, sorted=False)
+        by_BA = kept_BA.detach().abs() if rule == "magnitude" else kept_BA.detach()
+        by_BA = by_BA.masked_fill(kept_BA == 0, -torch.inf)
+        values_BK, places_BK = by_BA.topk(min(k, kept_BA.shape[1]), dim=1, sorted=False)
         mask_BK = self._among_the_largest(values_BK, k)
         return kept_BA * torch.zeros_like(kept_BA).scatter(1, places_BK, mask_BK.to(kept_BA.dtype))
 
@@ -209,10 +215,10 @@ class ProcessMesh:
 
     @torch.no_grad()
     def _among_the_largest(self, values_BK: Tensor, k: int) -> Tensor:
-        """(B, K) bool: which of this rank's candidates are among the k largest of all ranks'. Candidates are not
-        negative; a rank with fewer than k offers zeros, which mean nothing where they are chosen."""
+        """(B, K) bool: which of this rank's candidates are among the k largest of all ranks'. A rank with fewer than k
+        fills up with what is never chosen."""
         B, offered = values_BK.shape
-        mine_Bk = values_BK.new_zeros(B, k)
+        mine_Bk = values_BK.new_full((B, k), -torch.inf)
         mine_Bk[:, :offered] = values_BK
         all_ranks = [torch.empty_like(mine_Bk) for _ in range(self.latent_parts)]
         dist.all_gather(all_ranks, mine_Bk, group=self.latents)

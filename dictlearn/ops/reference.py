@@ -6,17 +6,21 @@ meant to be fast.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Rule = Literal["relu", "magnitude", "linear"]
+"""What is selected, and what becomes of it: the largest through a ReLU; the largest by absolute value, with their sign;
+or the largest, negative ones too, as they are."""
 
 
 class TopKCodes(NamedTuple):
     """What `encode_topk` gives.
 
     Attributes:
-        values: (B, K) the selected pre-activations through a ReLU, in no particular order.
+        values: (B, K) the selected pre-activations, through a ReLU if that is the rule, in no particular order.
         indices: (B, K) int64, the latents they belong to, each at most once in a row.
         also: (B, A) the pre-activations, without ReLU, of the latents asked for besides; None when none were.
     """
@@ -33,22 +37,30 @@ def encode_topk(
     k: int,
     b_pre_D: Tensor | None = None,
     also_A: Tensor | None = None,
+    rule: Rule = "relu",
 ) -> TopKCodes:
     """The k largest of each row's pre-activations ``(x - b_pre) W_enc^T + b_enc``, and those of the latents ``also_A``.
 
-    Gao et al. 2024 (arXiv 2406.04093), section 2.3. All values are differentiable in x, W_enc, b_enc and b_pre; the
-    selection is not. Among pre-activations that tie at the k-th place any may be chosen.
+    Gao et al. 2024 (arXiv 2406.04093), section 2.3, for the rule "relu". All values are differentiable in x, W_enc,
+    b_enc and b_pre; the selection is not. Among pre-activations that tie at the k-th place any may be chosen.
     """
     centred_BD = x_BD if b_pre_D is None else x_BD - b_pre_D
     pre_BS = centred_BD @ W_enc_SD.T + b_enc_S
-    values_BK, indices_BK = pre_BS.topk(k, dim=1, sorted=False)
-    return TopKCodes(values_BK.relu(), indices_BK, None if also_A is None else pre_BS[:, also_A])
+    values_BK, indices_BK = _largest(pre_BS, k, rule)
+    return TopKCodes(values_BK, indices_BK, None if also_A is None else pre_BS[:, also_A])
 
 
-def keep_topk(pre_BA: Tensor, k: int) -> Tensor:
-    """(B, A): of each row the k largest (all, if there are fewer) through a ReLU, and 0 in every other place."""
-    values, places = pre_BA.topk(min(k, pre_BA.shape[1]), dim=1, sorted=False)
-    return torch.zeros_like(pre_BA).scatter(1, places, values.relu())
+def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
+    """(B, A): what the rule makes of the k of each row that it selects (all, if there are fewer), 0 in other places."""
+    values, places = _largest(pre_BA, min(k, pre_BA.shape[1]), rule)
+    return torch.zeros_like(pre_BA).scatter(1, places, values)
+
+
+def _largest(pre_BS: Tensor, k: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    by_BS = pre_BS.abs() if rule == "magnitude" else pre_BS
+    places_BK = by_BS.topk(k, dim=1, sorted=False).indices
+    values_BK = pre_BS.gather(1, places_BK)
+    return values_BK.relu() if rule == "relu" else values_BK, places_BK
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from dictlearn import ops
+from dictlearn.dictionaries.abs_topk import AbsTopK
 from dictlearn.dictionaries.base import Update
 from dictlearn.dictionaries.batch_topk import BatchTopK
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops.ranks import ProcessMesh
 from dictlearn.training.parallel import keep_latents
 
-KINDS: tuple[type[TopK], ...] = (TopK, BatchTopK)
+KINDS: tuple[type[TopK], ...] = (TopK, AbsTopK, BatchTopK)
 ROWS, D_IN, D_OUT, LATENTS = 24, 10, 7, 37  # 37 latents are shared unevenly
 
 

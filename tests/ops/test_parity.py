@@ -16,6 +16,7 @@ from dictlearn.ops import portable, reference
 
 BACKENDS = [name for name in ops.BACKENDS if name != "reference"]
 INPUTS = ("x", "W_enc", "b_enc", "W_dec", "b_pre")
+RULES = ("relu", "magnitude", "linear")
 OUTPUTS = ("activations", "decoded", "pre-activations besides", "kept of them", "decoded besides")
 
 shapes = st.tuples(
@@ -27,6 +28,7 @@ shapes = st.tuples(
         st.one_of(st.none(), st.sets(st.integers(0, s[3] - 1))),
         st.integers(1, 4),
         st.booleans(),
+        st.sampled_from(RULES),
     )
 )
 
@@ -40,15 +42,15 @@ def tensors(B, D, O, S, seed, dtype=torch.float64):  # noqa: E741
     return make(B, D), make(S, D), make(S), make(S, O), make(D)
 
 
-def run(module, inputs, k, also=None, k_also=1, pre_bias=True):
+def run(module, inputs, k, also=None, k_also=1, pre_bias=True, rule="relu"):
     """All outputs, those that need not be there as zeros; activations densely, since slots may stand in any order."""
     x, W_enc, b_enc, W_dec, b_pre = inputs
-    codes = module.encode_topk(x, W_enc, b_enc, k, b_pre if pre_bias else None, also)
+    codes = module.encode_topk(x, W_enc, b_enc, k, b_pre if pre_bias else None, also, rule)
     dense = codes.values.new_zeros(len(x), len(W_enc)).scatter_add(1, codes.indices, codes.values)
     if also is None:
         assert codes.also is None
         return [dense, module.decode(codes.values, codes.indices, W_dec)]
-    kept = module.keep_topk(codes.also, k_also)
+    kept = module.keep_topk(codes.also, k_also, rule)
     decoded, decoded_also = module.decode_also(codes.values, codes.indices, W_dec, kept, also)
     return [dense, decoded, codes.also, kept, decoded_also]
 
@@ -63,10 +65,12 @@ def gradients(output, weight, inputs):
 @settings(max_examples=80, deadline=None)
 @given(drawn=shapes)
 def test_outputs_and_gradients_equal_the_reference(backend, drawn):
-    (B, D, O, S, seed), k, chosen, k_also, pre_bias = drawn  # noqa: E741
+    (B, D, O, S, seed), k, chosen, k_also, pre_bias, rule = drawn  # noqa: E741
     inputs = tensors(B, D, O, S, seed)
     also = None if chosen is None else torch.tensor(sorted(chosen), dtype=torch.int64)
-    ours, theirs = (run(module, inputs, k, also, k_also, pre_bias) for module in (ops.BACKENDS[backend], reference))
+    ours, theirs = (
+        run(module, inputs, k, also, k_also, pre_bias, rule) for module in (ops.BACKENDS[backend], reference)
+    )
     generator = torch.Generator().manual_seed(seed + 1)
     for name, a, b in zip(OUTPUTS, ours, theirs, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -125,20 +129,38 @@ def test_of_equal_pre_activations_no_more_than_k_are_kept(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_of_several_blocks_equals_the_reference(backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ("relu", [[0.0, 0, 3, 0.5], [0, 0, 0, 0]]),
+        ("magnitude", [[-4.0, 0, 3, 0], [-4, -3, 0, 0]]),
+        ("linear", [[0.0, 0, 3, 0.5], [0, 0, -2, -1]]),
+    ],
+)
+def test_each_rule_selects_what_it_says(backend, rule, kept):
+    rows, kept = torch.tensor([[-4.0, -1, 3, 0.5], [-4, -3, -2, -1]]), torch.tensor(kept)
+    codes = ops.BACKENDS[backend].encode_topk(rows, torch.eye(4), torch.zeros(4), 2, None, torch.arange(4), rule)
+    assert torch.equal(torch.zeros(2, 4).scatter_add(1, codes.indices, codes.values), kept)
+    assert torch.equal(ops.BACKENDS[backend].keep_topk(codes.also, 2, rule), kept)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_several_blocks_equals_the_reference(backend, rule, monkeypatch):
     """A CPU encodes in blocks of rows over one buffer; here the last block is not full."""
     monkeypatch.setattr(portable, "BUFFER_ELEMENTS", 256 * 24)
     inputs, also = tensors(600, 6, 5, 24, 3), torch.tensor([2, 3, 20])
-    ours, theirs = (run(module, inputs, 4, also, 2) for module in (ops.BACKENDS[backend], reference))
+    ours, theirs = (run(module, inputs, 4, also, 2, rule=rule) for module in (ops.BACKENDS[backend], reference))
     for name, a, b in zip(OUTPUTS, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradcheck_by_finite_differences(backend):
+def test_gradcheck_by_finite_differences(backend, rule):
     """Guards against a reference that is wrong in the same way."""
     inputs, also = tensors(3, 4, 5, 7, 2), torch.tensor([0, 6])
-    assert torch.autograd.gradcheck(lambda *t: tuple(run(ops.BACKENDS[backend], t, 3, also)), inputs)
+    assert torch.autograd.gradcheck(lambda *t: tuple(run(ops.BACKENDS[backend], t, 3, also, rule=rule)), inputs)
 
 
 def test_the_same_bits_every_time():

@@ -173,7 +173,7 @@ def test_a_control_store_of_another_model_is_refused(workspace):
         ),
         (
             "name: a\nstore: s\nhook: h\ndictionary: {kind: tokp}",
-            "no dictionary of kind 'tokp'; the kinds are batchtopk, ",
+            "no dictionary of kind 'tokp'; the kinds are abstopk, batchtopk, ",
         ),
         ("name: a\nstore: s\nhook: h\nsteps: many", "steps: .*integer.*'many'"),
         ("store: s\nhook: h", "name: Field required"),
