@@ -10,7 +10,14 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.configs import AbsTopKConfig, BatchTopKConfig, ICFLConfig, ReLUConfig, TopKConfig
+from dictlearn.dictionaries.configs import (
+    AbsTopKConfig,
+    BatchTopKConfig,
+    ICFLConfig,
+    JumpReLUConfig,
+    ReLUConfig,
+    TopKConfig,
+)
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary
@@ -20,9 +27,13 @@ REGISTRY = {
     "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
     "abstopk": "dictlearn.dictionaries.abs_topk:AbsTopK",
     "relu": "dictlearn.dictionaries.relu:ReLU",
+    "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
-CONFIGS = {config.kind: config for config in (TopKConfig, BatchTopKConfig, AbsTopKConfig, ReLUConfig, ICFLConfig)}
+CONFIGS = {
+    config.kind: config
+    for config in (TopKConfig, BatchTopKConfig, AbsTopKConfig, ReLUConfig, JumpReLUConfig, ICFLConfig)
+}
 
 
 def config_class(kind: str) -> type:

@@ -142,6 +142,32 @@ class ReLUConfig(PenalisedConfig):
 
 
 @dataclass(frozen=True)
+class JumpReLUConfig(PenalisedConfig):
+    """A threshold per latent and a penalty on how many fire (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+
+    kind: ClassVar[str] = "jumprelu"
+
+    l0_weight: float = 0.001
+    """Weight of the number of latents active per row, or of its squared distance from target_l0, beside the error."""
+    target_l0: int | None = None
+    """Latents that should be active per row: the penalty is then (L0 / target_l0 - 1)^2 instead of L0."""
+    bandwidth: float = 0.001
+    """Width of the kernel that estimates the thresholds' gradients, in lengths of a typical row (the paper's value)."""
+    initial_threshold: float = 0.001
+    """Where thresholds begin, in lengths of a typical row (the paper's value)."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        _check_weight(self, "l0_weight")
+        if self.target_l0 is not None and not 1 <= self.target_l0 <= self.d_sae:
+            raise UserError(f"target_l0 is {self.target_l0}; it must lie between 1 and d_sae ({self.d_sae}).")
+        for field in ("bandwidth", "initial_threshold"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"{field} is {getattr(self, field)}; it must be above 0.")
+
+
+@dataclass(frozen=True)
 class ICFLConfig:
     """Iterative codebook feature learning: codes by matching pursuit, no learned encoder (arXiv 2412.16247)."""
 
