@@ -15,6 +15,7 @@ from dictlearn.dictionaries.configs import (
     BatchTopKConfig,
     ICFLConfig,
     JumpReLUConfig,
+    KSparseConfig,
     ReLUConfig,
     TopKConfig,
 )
@@ -26,13 +27,14 @@ REGISTRY = {
     "topk": "dictlearn.dictionaries.topk:TopK",
     "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
     "abstopk": "dictlearn.dictionaries.abs_topk:AbsTopK",
+    "ksparse": "dictlearn.dictionaries.k_sparse:KSparse",
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
     config.kind: config
-    for config in (TopKConfig, BatchTopKConfig, AbsTopKConfig, ReLUConfig, JumpReLUConfig, ICFLConfig)
+    for config in (TopKConfig, BatchTopKConfig, AbsTopKConfig, KSparseConfig, ReLUConfig, JumpReLUConfig, ICFLConfig)
 }
 
 

@@ -50,21 +50,13 @@ class TopKConfig:
         """Raise UserError when no such dictionary can exist on activations of these widths."""
         _check_choices(self)
         _check_positive(self, "d_sae", "k", "dead_after_rows")
-        if self.k > self.d_sae:
-            raise UserError(f"k is {self.k}, more than the {self.d_sae} latents of d_sae; lower k or raise d_sae.")
+        _check_k(self)
         if self.auxk_weight < 0:
             raise UserError(f"auxk_weight is {self.auxk_weight}; it must be 0 (off) or positive.")
         if self.k_aux is not None and not 0 < self.k_aux <= self.d_sae:
             raise UserError(f"k_aux is {self.k_aux}; it must lie between 1 and d_sae ({self.d_sae}).")
         if self.multi_topk_weight < 0:
             raise UserError(f"multi_topk_weight is {self.multi_topk_weight}; it must be 0 (off) or positive.")
-        if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
-            raise UserError(
-                f"k_start is {self.k_start}; it must lie between k ({self.k}), to which the number of active latents "
-                f"falls, and d_sae ({self.d_sae})."
-            )
-        if not 0 < self.k_anneal_share <= 1:
-            raise UserError(f"k_anneal_share is {self.k_anneal_share}; it must lie above 0 and at most at 1.")
         if self.resample_every < 0:
             raise UserError(f"resample_every is {self.resample_every}; it must be 0 (off) or positive.")
         _check_shrinkage(self.shrinkage)
@@ -96,6 +88,37 @@ class AbsTopKConfig(TopKConfig):
 
     k: int = 32
     """Latents active per row: those with the pre-activations of largest absolute value."""
+
+
+@dataclass(frozen=True)
+class KSparseConfig:
+    """k-sparse autoencoder with tied weights and linear activations (Makhzani and Frey 2013, arXiv 1312.5663)."""
+
+    kind: ClassVar[str] = "ksparse"
+
+    d_sae: int = 4096
+    """Number of latents."""
+    k: int = 32
+    """Latents active per row in training."""
+    alpha: float = 1.0
+    """Times k: latents active per row after training. More than 1 gives richer features that rebuild worse."""
+    k_start: int | None = None
+    """Latents active per row at the first step, from where the number falls linearly to k; k when not given."""
+    k_anneal_share: float = 0.5
+    """Share of the run over which the number of active latents falls from k_start to k."""
+    dead_after_rows: int = 10_000_000
+    """A latent counts as dead when it has not fired for this many rows (tokens)."""
+    scaling: Literal["mean_square", "none"] = "mean_square"
+    """Units of training: data of unit variance, or raw."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_choices(self)
+        _check_positive(self, "d_sae", "k", "dead_after_rows", "alpha")
+        _check_k(self)
+        after = round(self.alpha * self.k)
+        if after > self.d_sae:
+            raise UserError(f"alpha * k is {after}, more than the {self.d_sae} latents of d_sae; lower alpha or k.")
 
 
 @dataclass(frozen=True)
@@ -224,6 +247,18 @@ def _check_weight(config: object, field: str) -> None:
     weight = getattr(config, field)
     if not 0 <= weight < math.inf:
         raise UserError(f"{field} is {weight}; it must be 0 (off) or positive.")
+
+
+def _check_k(config: TopKConfig | KSparseConfig) -> None:
+    if config.k > config.d_sae:
+        raise UserError(f"k is {config.k}, more than the {config.d_sae} latents of d_sae; lower k or raise d_sae.")
+    if config.k_start is not None and not config.k <= config.k_start <= config.d_sae:
+        raise UserError(
+            f"k_start is {config.k_start}; it must lie between k ({config.k}), to which the number of active latents "
+            f"falls, and d_sae ({config.d_sae})."
+        )
+    if not 0 < config.k_anneal_share <= 1:
+        raise UserError(f"k_anneal_share is {config.k_anneal_share}; it must lie above 0 and at most at 1.")
 
 
 def _check_shrinkage(shrinkage: float) -> None:

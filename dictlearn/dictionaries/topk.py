@@ -25,6 +25,7 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update, forget_moments
 from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.dictionaries.falling_k import falling_k
 from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings
 from dictlearn.ops import Rule, TopKCodes
 
@@ -141,9 +142,7 @@ class TopK(Dictionary):
 
     def schedule(self, step: int, steps: int) -> None:
         """k: from ``k_start`` linearly to ``k`` over the first ``k_anneal_share`` of the run."""
-        if self.config.k_start is not None:
-            last = max(1, round(self.config.k_anneal_share * steps) - 1)
-            self.k = self.config.k_start - round((self.config.k_start - self.config.k) * min(1.0, step / last))
+        self.k = falling_k(self.config.k_start, self.config.k, self.config.k_anneal_share, step, steps)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
