@@ -493,6 +493,8 @@ def check_not_negative(settings: object, *names: str) -> None:
 ROWS_PER_DRAW = 4096
 ROWS_PER_DOCUMENT = 100
 HELD_OUT_EVERY = 10
+MODEL_NAME = "planted features"
+"""No name of a model on the hub, so what needs a language model or its tokenizer refuses at once."""
 
 
 def write_store(
@@ -507,7 +509,7 @@ def write_store(
 
     Rows are those of ``planted.draw(number, 4096, "store")`` one batch after the other; the last is cut. 100 rows make
     a document, every tenth of which is held out. A row's token is 1 + the feature with the largest magnitude, 0 where
-    none is on.
+    none is on. Rows can be trained on and evaluated (``--tokens 0``); what needs text, such as a feature index, cannot.
 
     Raises:
         UserError: as of `StoreWriter`; or ``rows`` below 1.
@@ -527,7 +529,7 @@ def write_store(
     made_by = {"kind": type(planted).__name__, "settings": settings_of(planted)}
     fingerprint = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
     provenance = {
-        "model": {"name": "planted", "fingerprint": f"sha256:{fingerprint}"},
+        "model": {"name": MODEL_NAME, "fingerprint": f"sha256:{fingerprint}"},
         "corpus": {"name": "none"},
         "planted": made_by,
     }

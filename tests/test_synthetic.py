@@ -7,6 +7,7 @@ times, and the seeds are fixed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -70,6 +71,10 @@ def test_numbers_purposes_and_seeds_share_no_rows(planted):
         rows = np.concatenate([getattr(batch, name) for batch in batches])
         rows = rows[(rows != 0).any(axis=1)]
         assert len(rows) > 100 and len(np.unique(rows, axis=0)) == len(rows)
+    for one, other in itertools.combinations(batches, 2):
+        assert ((one.codes != 0) != (other.codes != 0)).any()
+        for name, labels in one.labels.items():
+            assert (labels != other.labels[name]).any()
 
 
 @by_name
@@ -268,7 +273,8 @@ def test_a_store_holds_the_rows_of_the_batches(tmp_path, planted, monkeypatch):
     assert store.manifest.complete and store.manifest.provenance["planted"]["settings"]["seed"] == 0
     assert sum(stop - start for start, stop in store.split_rows("held-out")) == 0
     # Seven documents: the tenth would be held out.
-    assert store.documents(0, 700).max() == 6
+    np.testing.assert_array_equal(store.documents(0, 700), np.arange(700) // 100)
+    np.testing.assert_array_equal(store.positions(0, 700), np.arange(700) % 100)
 
 
 def test_a_store_that_was_cut_short_continues_to_the_same_bytes(tmp_path, monkeypatch):
@@ -300,6 +306,50 @@ def test_a_store_that_was_cut_short_continues_to_the_same_bytes(tmp_path, monkey
     assert list(splits) == [(900, 1000)]
     with pytest.raises(UserError, match="was made otherwise"):
         write_store(tmp_path / "cut", replace(TREE, seed=1), 1100, Geometry(32, 256))
+
+
+def test_dictionaries_train_on_planted_stores(tmp_path):
+    """An autoencoder, and a transcoder of one layer: through the store, the loader and the engine."""
+    import dictlearn
+    from dictlearn.dictionaries.configs import TopKConfig
+    from dictlearn.metrics.recovery import matched_cosine
+    from dictlearn.training.command import run_train
+    from dictlearn.training.configs import TrainConfig
+    from dictlearn.training.optimiser_config import OptimiserConfig
+    from dictlearn.workspace import Workspace
+
+    workspace = Workspace(tmp_path)
+    for name, planted, hook, target in (
+        ("sparse", SPARSE, synthetic.HOOK, None),
+        ("layers", replace(LAYERS, mean_l0=2.0), input_hook(0), output_hook(0)),
+    ):
+        write_store(workspace.store(name), planted, 6000, Geometry(64, 1024))
+        config = TrainConfig(
+            name=name,
+            store=name,
+            hook=hook,
+            target_hook=target,
+            dictionary=TopKConfig(d_sae=40, k=3, dead_after_rows=5000),
+            optimiser=OptimiserConfig(learning_rate=1e-2),
+            batch_size=128,
+            steps=150,
+            buffer_rows=1024,
+        )
+        trained = dictlearn.load(run_train(config, workspace).folder)
+        truth = planted.directions
+        if isinstance(planted, CrossLayerFeatures):
+            truth = planted.written_directions[planted.read_layer == 0, 0]
+        score = matched_cosine(trained.W_dec.detach().numpy(), truth)
+        assert score.value > score.floor + 5 * score.floor_std, name
+
+
+def test_what_needs_a_language_model_refuses_without_asking_the_hub(tmp_path, monkeypatch):
+    from activation_store.harvest import language_model
+
+    monkeypatch.setattr(language_model, "_hub_file", lambda *asked: pytest.fail(f"the hub was asked for {asked}"))
+    write_store(tmp_path / "s", TREE, 100)
+    with pytest.raises(UserError, match="There is no model 'planted features'"):
+        language_model.resolve_model(open_store(tmp_path / "s").provenance["model"]["name"])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
