@@ -13,6 +13,7 @@ from activation_store.errors import UserError
 from dictlearn.dictionaries.configs import (
     AbsTopKConfig,
     BatchTopKConfig,
+    GatedConfig,
     ICFLConfig,
     JumpReLUConfig,
     KSparseConfig,
@@ -30,11 +31,21 @@ REGISTRY = {
     "ksparse": "dictlearn.dictionaries.k_sparse:KSparse",
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
+    "gated": "dictlearn.dictionaries.gated:Gated",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
     config.kind: config
-    for config in (TopKConfig, BatchTopKConfig, AbsTopKConfig, KSparseConfig, ReLUConfig, JumpReLUConfig, ICFLConfig)
+    for config in (
+        TopKConfig,
+        BatchTopKConfig,
+        AbsTopKConfig,
+        KSparseConfig,
+        ReLUConfig,
+        JumpReLUConfig,
+        GatedConfig,
+        ICFLConfig,
+    )
 }
 
 

@@ -191,6 +191,26 @@ class JumpReLUConfig(PenalisedConfig):
 
 
 @dataclass(frozen=True)
+class GatedConfig(PenalisedConfig):
+    """A gate decides what fires, a magnitude path how strongly (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+    kind: ClassVar[str] = "gated"
+
+    l1_weight: float = 0.1
+    """Weight of the mean sum of a row's gate activations, in lengths of a typical row, beside the squared error."""
+    auxiliary_weight: float = 1.0
+    """Weight of the squared error of what the gate alone rebuilds through a frozen decoder (the paper's is 1)."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        _check_weight(self, "l1_weight")
+        _check_weight(self, "auxiliary_weight")
+        if self.auxiliary_weight == 0:
+            raise UserError("auxiliary_weight is 0; the gate would learn from the penalty alone and close for good.")
+
+
+@dataclass(frozen=True)
 class ICFLConfig:
     """Iterative codebook feature learning: codes by matching pursuit, no learned encoder (arXiv 2412.16247)."""
 

@@ -109,11 +109,12 @@ def make_store(
 
 
 def make_run(workspace: Workspace, name: str, store: Store, *, kind: str = "topk", d_sae: int = 24, k: int = 4) -> None:
-    """A finished run with random weights. ICFL's codes are signed."""
+    """A finished run with random weights. ICFL's codes are signed; a gated row has as many as it has."""
     import torch
 
-    from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
+    from dictlearn.dictionaries.configs import GatedConfig, ICFLConfig, TopKConfig
     from dictlearn.dictionaries.files import save
+    from dictlearn.dictionaries.gated import Gated
     from dictlearn.dictionaries.icfl import ICFL
     from dictlearn.dictionaries.topk import TopK
 
@@ -125,7 +126,8 @@ def make_run(workspace: Workspace, name: str, store: Store, *, kind: str = "topk
             dictionary = ICFL(ICFLConfig(d_sae=d_sae, rounds=k // 2, width=2), D)
             dictionary.atoms.copy_(rows)
         else:
-            dictionary = TopK(TopKConfig(d_sae=d_sae, k=k), D)
+            gated = kind == "gated"
+            dictionary = Gated(GatedConfig(d_sae=d_sae), D) if gated else TopK(TopKConfig(d_sae=d_sae, k=k), D)
             dictionary.W_enc.copy_(rows)
             dictionary.W_dec.copy_(rows)
             dictionary.b_enc.copy_(torch.randn(d_sae, generator=generator))

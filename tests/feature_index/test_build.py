@@ -89,7 +89,7 @@ def test_negative_activations_are_kept(made_signed: Made) -> None:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.integers(0, 90), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) > 0),
-    kind=st.sampled_from(["topk", "icfl"]),
+    kind=st.sampled_from(["topk", "icfl", "gated"]),
     d_sae=st.integers(2, 40),
     batch=st.integers(16, 64),
     slots=st.integers(50, 1000),
