@@ -17,6 +17,7 @@ from dictlearn.dictionaries.configs import (
     ICFLConfig,
     JumpReLUConfig,
     KSparseConfig,
+    MatryoshkaConfig,
     ReLUConfig,
     TopKConfig,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 REGISTRY = {
     "topk": "dictlearn.dictionaries.topk:TopK",
     "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
+    "matryoshka": "dictlearn.dictionaries.matryoshka:Matryoshka",
     "abstopk": "dictlearn.dictionaries.abs_topk:AbsTopK",
     "ksparse": "dictlearn.dictionaries.k_sparse:KSparse",
     "relu": "dictlearn.dictionaries.relu:ReLU",
@@ -39,6 +41,7 @@ CONFIGS = {
     for config in (
         TopKConfig,
         BatchTopKConfig,
+        MatryoshkaConfig,
         AbsTopKConfig,
         KSparseConfig,
         ReLUConfig,

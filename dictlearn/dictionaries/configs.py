@@ -81,6 +81,38 @@ class BatchTopKConfig(TopKConfig):
 
 
 @dataclass(frozen=True)
+class MatryoshkaConfig(BatchTopKConfig):
+    """BatchTopK whose first latents must also rebuild alone (Bussmann et al. 2025, arXiv 2503.17547)."""
+
+    kind: ClassVar[str] = "matryoshka"
+
+    group_sizes: tuple[int, ...] | None = None
+    """Latents in each group, which add up to d_sae; when not given 1/32, 1/16, 1/8 and 1/4 of them, and the rest."""
+
+    def __post_init__(self) -> None:
+        if self.group_sizes is not None:  # a list, where it was read from a file
+            object.__setattr__(self, "group_sizes", tuple(self.group_sizes))
+
+    def groups(self) -> tuple[int, ...]:
+        """Latents in each group, from the first; ``group_sizes`` if given."""
+        if self.group_sizes is not None:
+            return self.group_sizes
+        shares = [self.d_sae // part for part in (32, 16, 8, 4) if part <= self.d_sae]
+        return (*shares, self.d_sae - sum(shares))
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        if self.group_sizes is not None and any(size < 1 for size in self.group_sizes):
+            raise UserError(f"group_sizes are {self.group_sizes}; each must be at least 1.")
+        if sum(self.groups()) != self.d_sae:
+            raise UserError(
+                f"group_sizes {self.group_sizes} add up to {sum(self.groups())}, and d_sae is {self.d_sae}; they must "
+                "be equal."
+            )
+
+
+@dataclass(frozen=True)
 class AbsTopKConfig(TopKConfig):
     """TopK by absolute value, with signed codes (Zhu et al. 2025, arXiv 2510.00404)."""
 

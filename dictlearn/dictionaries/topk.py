@@ -94,7 +94,7 @@ class TopK(Dictionary):
         output_BO = rebuilt_BO + self.b_dec
         error_BO = target_BO - output_BO
         mse = error_BO.square().mean()
-        terms, total = {"mse": mse.detach()}, mse
+        total, terms = self._fit(mse, target_BO, values_BK, indices_BK)
         if wide:
             multi = (target_BO - wide_BO).square().mean()
             terms["multi_topk"] = multi.detach()
@@ -215,6 +215,12 @@ class TopK(Dictionary):
             forget_moments(update.optimiser, parameter, dead_A)
         self.rows_since_fired[dead_A] = 0
         return len(dead_A)
+
+    def _fit(
+        self, mse: Tensor, target_BO: Tensor, values_BK: Tensor, indices_BK: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What rebuilding the target costs, and its terms, detached: here the squared error of all codes together."""
+        return mse, {"mse": mse.detach()}
 
     def _active(self, x_BD: Tensor) -> TopKCodes:
         """What `encode` finds active in scaled rows."""
