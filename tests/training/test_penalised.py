@@ -44,6 +44,6 @@ def test_a_run_learns_and_resumes_in_the_middle_of_its_warm_up(workspace, config
 @pytest.mark.parametrize("config", RUNS, ids=lambda c: c.name)
 def test_latents_are_not_spread_over_processes(config, monkeypatch):
     monkeypatch.setattr(parallel, "processes_asked", lambda: 2)
+    splits = bool(dictionary_class(config.name).latent_tensors)
     with pytest.raises(UserError, match=f"kind '{config.name}' cannot be spread over processes yet"):
-        splits = bool(dictionary_class(config.name).latent_tensors)
         parallel.refuse_what_cannot_be_shared(replace(config, latent_parts=2), splits_latents=splits)
