@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from activation_store.errors import UserError
-from activation_store.moments import BLOCK_ROWS, Moments, second_moment_stride
+from activation_store.moments import Moments, second_moment_stride
 from activation_store.place import Place
 from activation_store.shard import ShardWriter
 from activation_store.spec import DOCUMENTS, POSITIONS, TOKEN_IDS, HookSpec, Manifest
@@ -35,11 +35,9 @@ class Published:
     sums: dict[str, Moments]
 
 
-def moments_of_shard(manifest: Manifest, hook: HookSpec, shard: int) -> Moments:
-    """Empty sums for the rows of one shard, which know which blocks go into the second moment."""
-    blocks_per_shard = -(-manifest.geometry.rows_per_shard // BLOCK_ROWS)
-    stride = second_moment_stride(manifest.rows_planned, hook.d)
-    return Moments(hook.d, stride, first_block=shard * blocks_per_shard)
+def empty_moments(manifest: Manifest, hook: HookSpec) -> Moments:
+    """Sums for the rows of a shard, which know which rows go into the second moment."""
+    return Moments(hook.d, second_moment_stride(manifest.rows_planned, hook.d))
 
 
 def columns_of(
@@ -77,7 +75,7 @@ class Commit:
         except BaseException:  # such as too many open files
             self.discard()
             raise
-        self._moments = {hook.name: moments_of_shard(manifest, hook, shard) for hook in manifest.hooks}
+        self._moments = {hook.name: empty_moments(manifest, hook) for hook in manifest.hooks}
 
     @property
     def room(self) -> int:

@@ -2,8 +2,12 @@
 
 Rows are gathered into blocks of a fixed size, so the result does not depend on how the rows were cut into updates: only
 on their order. Counts, means and norms are over all rows. The second moment costs d operations per value, which at
-d = 4096 is far more than computing the activation did, so it is taken over every ``stride``-th block only:
+d = 4096 is far more than computing the activation did, so it is taken over every ``stride``-th row of a block only
+(neighbouring rows are alike: of as many rows in whole blocks the covariance was off by 17 % instead of 7).
 `second_moment_stride` keeps at least 64 rows for each of its d dimensions, and all rows of a store smaller than that.
+What these rows know about is their covariance; it is put about the mean of all rows, so that second moment and mean are
+those of one distribution: with the rows' own second moment, the covariance of 300,000 rows of the bundled model had an
+eigenvalue of -9.
 
 At d = 512 (2.5 GHz, one core): 0.33 us a row without the second moment, 6.2 us with it.
 """
@@ -22,34 +26,33 @@ ROWS_PER_DIMENSION = 64
 
 
 def second_moment_stride(rows: int, d: int) -> int:
-    """Every how many blocks one goes into the second moment of ``rows`` rows of width ``d``."""
+    """Every how many rows one goes into the second moment of ``rows`` rows of width ``d``."""
     return max(1, rows // (ROWS_PER_DIMENSION * d))
 
 
 class Moments:
-    """Sums over rows of width ``d``: count, x, x^2, |x|, and x xT over some of the rows.
+    """Sums over rows of width ``d``: count, x, x^2, |x|, and over some of the rows x and x xT.
 
     Args:
         d: width of a row.
-        stride: every how many blocks one goes into the second moment, counted from block 0.
-        first_block: number of the first block, for moments of a part.
+        stride: every how many rows of a block one goes into the second moment, from its first.
 
     Attributes:
         non_finite: index (in the order of updates) of the first row that is not finite, or None. It is looked for
             once per block, so it may lag behind by up to `BLOCK_ROWS` rows until `settle`.
     """
 
-    def __init__(self, d: int, stride: int = 1, first_block: int = 0):
+    def __init__(self, d: int, stride: int = 1):
         self.d = d
         self.count = 0
         self.total = np.zeros(d)
         self.squares = np.zeros(d)
         self.norms = 0.0
         self.outer = np.zeros((d, d))
+        self.outer_total = np.zeros(d)
         self.outer_count = 0
         self.non_finite: int | None = None
         self._stride = stride
-        self._block_number = first_block
         self._block = np.empty((0, d))  # made when rows come; sums alone are handed from process to process
         self._filled = 0
         self._row_norms: list[np.ndarray] = []
@@ -76,9 +79,10 @@ class Moments:
         ones = np.ones(self._filled)
         with np.errstate(invalid="ignore", over="ignore"):  # reported by `non_finite`, not by a warning
             self.total += ones @ block
-            if self._block_number % self._stride == 0:
-                self.outer += block.T @ block  # numpy sees one operand transposed and computes half of it (syrk)
-                self.outer_count += self._filled
+            some = np.ascontiguousarray(block[:: self._stride])
+            self.outer += some.T @ some  # numpy sees one operand transposed and computes half of it (syrk)
+            self.outer_total += np.ones(len(some)) @ some
+            self.outer_count += len(some)
             np.multiply(block, block, out=block)
             self.squares += ones @ block
             norms = np.sqrt(block @ np.ones(self.d))
@@ -87,7 +91,6 @@ class Moments:
             self.non_finite = self.count + int(np.argmin(np.isfinite(norms)))
         self.norms += float(norms.sum())
         self.count += self._filled
-        self._block_number += 1
         self._filled = 0
 
     def take_row_norms(self) -> np.ndarray:
@@ -109,8 +112,8 @@ class Moments:
         self.norms += other.norms
         self.total += other.total
         self.squares += other.squares
-        if other.outer_count:  # often there is none, and the matrix is large
-            self.outer += other.outer
+        self.outer += other.outer
+        self.outer_total += other.outer_total
         self.outer_count += other.outer_count
 
     @property
@@ -127,9 +130,13 @@ class Moments:
 
     @property
     def second_moment(self) -> np.ndarray:
-        """Mean of x xT (d, d), not centred, over `outer_count` rows."""
+        """Mean of x xT (d, d): the covariance of `outer_count` rows about their own mean, plus mean meanT."""
         self.settle()
-        return self.outer / self.outer_count
+        moment = self.outer / self.outer_count
+        if self.outer_count == self.count:
+            return moment
+        own = self.outer_total / self.outer_count
+        return moment - np.outer(own, own) + np.outer(self.mean, self.mean)
 
     @property
     def mean_norm(self) -> float:
@@ -141,11 +148,11 @@ class Moments:
         """All sums as one float64 vector of `vector_length` numbers. `from_vector` reads it back."""
         self.settle()
         numbers = [float(self.count), self.norms, float(self.outer_count)]
-        return np.concatenate([numbers, self.total, self.squares, self.outer.ravel()])
+        return np.concatenate([numbers, self.total, self.squares, self.outer_total, self.outer.ravel()])
 
     @staticmethod
     def vector_length(d: int) -> int:
-        return 3 + 2 * d + d * d
+        return 3 + 3 * d + d * d
 
     @classmethod
     def from_vector(cls, d: int, vector: np.ndarray) -> Moments:
@@ -154,5 +161,6 @@ class Moments:
         moments.count, moments.norms, moments.outer_count = int(vector[0]), float(vector[1]), int(vector[2])
         moments.total = vector[3 : 3 + d].copy()
         moments.squares = vector[3 + d : 3 + 2 * d].copy()
-        moments.outer = vector[3 + 2 * d :].reshape(d, d).copy()
+        moments.outer_total = vector[3 + 2 * d : 3 + 3 * d].copy()
+        moments.outer = vector[3 + 3 * d :].reshape(d, d).copy()
         return moments

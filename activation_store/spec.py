@@ -36,7 +36,7 @@ import xxhash
 from activation_store.errors import UserError
 from activation_store.json_values import LARGEST, checksums, list_, object_, refusal, text, whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_ATTRIBUTE = "activation_store"
 
 METADATA_FILE = "zarr.json"

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from activation_store.codec import check_compression
-from activation_store.commit import Commit, Published, columns_of, moments_of_shard
+from activation_store.commit import Commit, Published, columns_of, empty_moments
 from activation_store.disk import Disk
 from activation_store.errors import UserError
 from activation_store.moments import Moments
@@ -371,7 +371,7 @@ class StoreWriter:
         geometry = self._manifest.geometry
         first = shard * geometry.rows_per_shard
         stop = first + geometry.rows_in_shard(shard, store.rows)
-        sums = moments_of_shard(self._manifest, hook, shard)
+        sums = empty_moments(self._manifest, hook)
         for start in range(first, stop, geometry.rows_per_chunk):
             sums.update(store.read_rows(hook.name, start, min(stop, start + geometry.rows_per_chunk)))
         return sums

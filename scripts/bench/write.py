@@ -29,7 +29,7 @@ import threadpoolctl
 import torch
 import xxhash
 
-from activation_store.moments import BLOCK_ROWS, Moments, second_moment_stride
+from activation_store.moments import Moments, second_moment_stride
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.writer import StoreWriter
 
@@ -60,9 +60,8 @@ def jobs(rows: int, d: int, folder: Path, compression: str, geometry: Geometry) 
             writer.finish()
 
     def statistics() -> None:
-        for shard in range(rows // geometry.rows_per_shard):
-            first_block = shard * geometry.rows_per_shard // BLOCK_ROWS
-            moments = Moments(d, second_moment_stride(rows, d), first_block)
+        for _ in range(rows // geometry.rows_per_shard):
+            moments = Moments(d, second_moment_stride(rows, d))
             for _ in range(0, geometry.rows_per_shard, BATCH_ROWS):
                 moments.update(bits)
             moments.settle()

@@ -33,7 +33,7 @@ STATISTICS_HOLD = {
     "count": ("()", "rows"),
     "mean": ("(d,)", "mean row"),
     "mean_square": ("(d,)", "mean of the squares, not centred"),
-    "second_moment": ("(d, d)", "mean of x xᵀ, not centred, over some of the rows"),
+    "second_moment": ("(d, d)", "covariance of some of the rows about their own mean, plus mean meanᵀ"),
     "second_moment_rows": ("()", "how many rows those are"),
     "mean_norm": ("()", "mean Euclidean length"),
     "median_norm": ("()", "median Euclidean length: the ⌈count / 2⌉-th smallest"),

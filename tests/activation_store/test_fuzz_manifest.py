@@ -188,7 +188,7 @@ WRONG = [
     (("more",), 1, "it has 'more'"),
     (("format_version",), 2.0, "its fingerprint is that of another store"),
     (("format_version",), "2", "its fingerprint is that of another store"),
-    (("format_version",), 3, "is of format version 3; this program reads version 2"),
+    (("format_version",), 4, "is of format version 4; this program reads version 3"),
 ]
 
 

@@ -30,20 +30,26 @@ def test_they_are_the_moments_of_all_rows():
     assert moments.mean_norm == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-13)
 
 
-def test_every_nth_block_goes_into_the_second_moment_and_all_into_the_rest():
+def about_the_mean(chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The covariance of some rows about their own mean, put about the mean of all."""
+    centred, mean = chosen - chosen.mean(axis=0), rows.mean(axis=0)
+    return centred.T @ centred / len(chosen) + np.outer(mean, mean)
+
+
+def test_every_nth_row_of_a_block_goes_into_the_second_moment_and_all_into_the_rest():
     rows = np.random.default_rng(6).normal(size=(4 * BLOCK_ROWS + 300, 3))
     whole = Moments(3, stride=3)
     whole.update(rows)
     parts = Moments(3)
     for first_block in range(5):  # as the shards of a store do
-        part = Moments(3, stride=3, first_block=first_block)
+        part = Moments(3, stride=3)
         part.update(rows[first_block * BLOCK_ROWS : (first_block + 1) * BLOCK_ROWS])
         parts.merge(part)
-    chosen = np.concatenate([rows[:BLOCK_ROWS], rows[3 * BLOCK_ROWS : 4 * BLOCK_ROWS]])
+    chosen = np.concatenate([rows[first : first + BLOCK_ROWS][::3] for first in range(0, len(rows), BLOCK_ROWS)])
     for moments in (whole, parts):
         moments.settle()
-        assert (moments.count, moments.outer_count) == (len(rows), 2 * BLOCK_ROWS)
-        assert np.allclose(moments.second_moment, chosen.T @ chosen / len(chosen), rtol=1e-13)
+        assert (moments.count, moments.outer_count) == (len(rows), len(chosen)) and len(chosen) == 4 * 342 + 100
+        assert np.allclose(moments.second_moment, about_the_mean(chosen, rows), rtol=1e-12)
         assert np.allclose(moments.mean, rows.mean(axis=0), rtol=1e-12)
 
 

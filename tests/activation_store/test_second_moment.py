@@ -1,7 +1,7 @@
 """Statistics of stores of several shards: over exactly the rows that the rule names, and the same bits after a kill.
 
-The rule: within each shard rows are taken in blocks of 1024, numbered on from shard to shard; of a hook of width d in a
-store of n rows, every (n // 64 d)-th block goes into the second moment. Everything else is over all rows.
+The rule: within each shard rows are taken in blocks of 1024; of a hook of width d in a store of n rows, every
+(n // 64 d)-th row of each block, from its first, goes into the second moment. Everything else is over all rows.
 """
 
 from __future__ import annotations
@@ -55,14 +55,17 @@ def make(path, disk=None, *, hooks=HOOKS, rows=ROWS, geometry=GEOMETRY, all_valu
 def rows_of_the_second_moment(d: int, rows: int, rows_per_shard: int) -> np.ndarray:
     """Row numbers, by the rule, written out."""
     stride = max(1, rows // (64 * d))
-    blocks_per_shard = ceil(rows_per_shard / 1024)
     chosen = []
     for shard in range(ceil(rows / rows_per_shard)):
         first, stop = shard * rows_per_shard, min(rows, (shard + 1) * rows_per_shard)
-        for number, start in enumerate(range(first, stop, 1024), start=shard * blocks_per_shard):
-            if number % stride == 0:
-                chosen.append(np.arange(start, min(stop, start + 1024)))
+        chosen += [np.arange(start, min(stop, start + 1024), stride) for start in range(first, stop, 1024)]
     return np.concatenate(chosen)
+
+
+def about_the_mean(chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The covariance of some rows about their own mean, put about the mean of all."""
+    centred, mean = chosen - chosen.mean(axis=0), rows.mean(axis=0)
+    return centred.T @ centred / len(chosen) + np.outer(mean, mean)
 
 
 def assert_statistics(store: Store, hook: HookSpec, stored: np.ndarray, rows_per_shard: int) -> None:
@@ -71,7 +74,9 @@ def assert_statistics(store: Store, hook: HookSpec, stored: np.ndarray, rows_per
     found = store.statistics(hook.name)
     assert found.count == len(x)
     assert found.second_moment_rows == len(chosen)
-    assert np.allclose(found.second_moment, chosen.T @ chosen / len(chosen), rtol=1e-12)
+    assert np.allclose(found.second_moment, about_the_mean(chosen, x), rtol=1e-11)
+    eigenvalues = np.linalg.eigvalsh(found.covariance)
+    assert eigenvalues[0] >= -1e-9 * np.linalg.norm(found.second_moment), "of a covariance none is negative"
     assert np.allclose(found.mean, x.mean(axis=0), rtol=1e-12)
     assert np.allclose(found.mean_square, (x**2).mean(axis=0), rtol=1e-12)
     assert found.mean_norm == pytest.approx(np.linalg.norm(x, axis=1).mean(), rel=1e-12)

@@ -237,8 +237,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 
 def test_a_store_of_another_format_version_is_refused(copied):
     manifest = copied / "zarr.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
-    with pytest.raises(UserError, match="is of format version 1; this program reads version 2"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 1'))
+    with pytest.raises(UserError, match="is of format version 1; this program reads version 3"):
         open_writer(copied)
 
 
