@@ -13,11 +13,6 @@ An autoencoder scales its target as its input. A transcoder scales its input as 
 ("none": not at all): the mean and norm of a target row are not known where only the input is, so they could not be
 put back.
 
-Whitening changes what is learned the most. It helped where inputs are far from isotropic: the bundled model's first
-transcoder (256 -> 1024, k 16, 600 steps of 1024 rows, three seeds) had a FVU of 0.158 instead of 0.168-0.171, and
-under 1 % of its latents dead instead of 17 to 22 %. An autoencoder of whitened rows weighs all directions alike, so
-that in raw units it rebuilds worse (blocks.2.hook_resid_post: 0.397 and 0.399 instead of 0.344 and 0.346, two seeds).
-
 What is a constant of the data folds into the weights exactly, so that what is saved takes raw activations. Whitening
 folds into decoder rows that are the unwhitened directions, what one unit of a latent adds to a raw activation; they are
 no longer of unit norm, and cannot be made so: that would change which latents are the k largest. What depends on the
