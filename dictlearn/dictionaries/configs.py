@@ -206,10 +206,10 @@ class JumpReLUConfig(PenalisedConfig):
     """Weight of the number of latents active per row, or of its squared distance from target_l0, beside the error."""
     target_l0: int | None = None
     """Latents that should be active per row: the penalty is then (L0 / target_l0 - 1)^2 instead of L0."""
-    bandwidth: float = 0.001
-    """Width of the kernel that estimates the thresholds' gradients, in lengths of a typical row (the paper's value)."""
-    initial_threshold: float = 0.001
-    """Where thresholds begin, in lengths of a typical row (the paper's value)."""
+    bandwidth: float = 0.03
+    """Width of the kernel that estimates the thresholds' gradients, in lengths of a typical row; 0.001 in the paper."""
+    initial_threshold: float = 0.03
+    """Where thresholds begin, in lengths of a typical row; 0.001 in the paper, whose runs are long enough for it."""
 
     def check(self, d_in: int, d_out: int) -> None:
         """Raise UserError when no such dictionary can exist on activations of these widths."""
