@@ -1,7 +1,8 @@
 """What can be asked of each kind of dictionary. No torch here, so that a wrong number is refused before anything loads.
 
 The width of the activations is not asked for: it comes from the store. The sentence under a field is its help text on
-the command line. `check` is called with the widths and raises UserError.
+the command line. `check` is called with the widths and raises UserError. Kinds that rebuild nothing but their own input
+say so by ``transcodes = False``.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class KSparseConfig:
     """k-sparse autoencoder with tied weights and linear activations (Makhzani and Frey 2013, arXiv 1312.5663)."""
 
     kind: ClassVar[str] = "ksparse"
+    transcodes: ClassVar[bool] = False
 
     d_sae: int = 4096
     """Number of latents."""
@@ -247,6 +249,7 @@ class ICFLConfig:
     """Iterative codebook feature learning: codes by matching pursuit, no learned encoder (arXiv 2412.16247)."""
 
     kind: ClassVar[str] = "icfl"
+    transcodes: ClassVar[bool] = False
 
     d_sae: int = 2048
     """Number of atoms."""

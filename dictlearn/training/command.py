@@ -98,6 +98,11 @@ def _check_widths(config: TrainConfig[Any], store: Store) -> tuple[int, int]:
     d_out = d_in if config.target_hook is None else _width(store, config.target_hook)
     if config.target_hook == config.hook:
         raise UserError(f"target_hook is {config.hook!r}, the same as hook; leave it out to train an autoencoder.")
+    if config.target_hook is not None and not getattr(config.dictionary, "transcodes", True):
+        raise UserError(
+            f"A dictionary of kind {config.dictionary.kind!r} rebuilds its own input and has no target hook; leave "
+            "target_hook out, or use topk."
+        )
     config.dictionary.check(d_in, d_out)
     config.optimiser.check()
     return d_in, d_out

@@ -12,7 +12,7 @@ import torch
 import dictlearn
 from activation_store.spec import DocumentRows, Geometry, HookSpec, StorePlan
 from activation_store.writer import StoreWriter
-from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
+from dictlearn.dictionaries.configs import ICFLConfig, KSparseConfig, MatryoshkaConfig, TopKConfig
 from dictlearn.training.configs import TrainConfig
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.workspace import Workspace
@@ -53,7 +53,11 @@ SAE = TrainConfig(
 )
 TRANSCODER = replace(SAE, name="transcoder", target_hook=OUT)
 CODEBOOK = replace(SAE, name="icfl", dictionary=ICFLConfig(d_sae=48, rounds=2, width=2, reset_every=10))
-KINDS = [SAE, TRANSCODER, CODEBOOK]
+NESTED = replace(
+    TRANSCODER, name="matryoshka", dictionary=MatryoshkaConfig(d_sae=64, k=4, k_start=8, dead_after_rows=3000)
+)
+TIED = replace(SAE, name="ksparse", dictionary=KSparseConfig(d_sae=64, k=4, k_start=8))
+KINDS = [SAE, TRANSCODER, CODEBOOK, NESTED, TIED]
 
 
 def weights(workspace: Workspace, name: str) -> dict[str, torch.Tensor]:
