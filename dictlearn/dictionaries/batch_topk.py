@@ -78,7 +78,7 @@ class BatchTopK(TopK):
             values_BC, indices_BC, _ = ops.encode_topk(x_BD, self.W_enc, self.b_enc, slots, self._pre_bias())
             values_BC = values_BC * (values_BC >= self.threshold)
             if slots == self.d_sae or not (values_BC > 0).all(dim=1).any():
-                return _in_few_slots(values_BC, indices_BC, None)
+                return in_few_slots(values_BC, indices_BC)
             slots = min(2 * slots, self.d_sae)
 
     def _select(self, x_BD: Tensor, k: int, also_A: Tensor | None = None) -> TopKCodes:
@@ -91,12 +91,12 @@ class BatchTopK(TopK):
             values_BC = ops.keep_largest_of_batch(values_BC, k)
             full = (values_BC > 0).all(dim=1).any()
             if slots == self.d_sae or not ops.anywhere_over_rows(full):
-                return _in_few_slots(values_BC, indices_BC, also_BA)
+                return in_few_slots(values_BC, indices_BC, also_BA)
             slots = min(2 * slots, self.d_sae)
 
     def _largest(self, values_BW: Tensor, indices_BW: Tensor) -> tuple[Tensor, Tensor]:
         """Of the latents selected in the batch the B k with the largest values."""
-        codes = _in_few_slots(ops.keep_largest_of_batch(values_BW, self.k), indices_BW, None)
+        codes = in_few_slots(ops.keep_largest_of_batch(values_BW, self.k), indices_BW)
         return codes.values, codes.indices
 
 
@@ -105,7 +105,7 @@ def _least_active(values_BK: Tensor) -> Tensor:
     return torch.where(values_BK > 0, values_BK, torch.inf).amin()
 
 
-def _in_few_slots(values_BC: Tensor, indices_BC: Tensor, also_BA: Tensor | None) -> TopKCodes:
+def in_few_slots(values_BC: Tensor, indices_BC: Tensor, also_BA: Tensor | None = None) -> TopKCodes:
     """The same activations in as many slots as the busiest row needs, and at least one."""
     slots = max(1, int((values_BC > 0).sum(dim=1).max())) if len(values_BC) else 1
     places_BK = values_BC.topk(slots, dim=1, sorted=False).indices

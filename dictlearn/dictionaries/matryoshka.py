@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dictlearn import ops
-from dictlearn.dictionaries.batch_topk import BatchTopK
+from dictlearn.dictionaries.batch_topk import BatchTopK, in_few_slots
 from dictlearn.dictionaries.configs import MatryoshkaConfig
 
 
@@ -33,7 +33,8 @@ class Matryoshka(BatchTopK):
         output_BO, first = self.b_dec, 0
         for size in self.config.groups()[:-1]:
             of_group_BK = (indices_BK >= first) & (indices_BK < first + size)
-            output_BO = output_BO + ops.decode(values_BK * of_group_BK, indices_BK, self.W_dec)
+            of_group = in_few_slots(values_BK * of_group_BK, indices_BK)
+            output_BO = output_BO + ops.decode(of_group.values, of_group.indices, self.W_dec)
             errors.append((target_BO - output_BO).square().mean())
             first += size
         shorter = sum(errors[1:], errors[0]) / len(errors)
