@@ -124,7 +124,8 @@ def train(args: list[str]) -> None:
     about = (
         "Fit one dictionary to a store's training documents, or many that read each batch once. Name a CONFIG.yaml "
         "first, options after it override; or give everything by options, beginning with --kind, one of "
-        f"{', '.join(CONFIGS)} (topk when not given). A SWEEP.yaml, which has a grid or a list, trains all its runs together (docs/training.md)."
+        f"{', '.join(CONFIGS)} (topk when not given). A SWEEP.yaml, which has a grid or a list, trains all its runs "
+        "together (docs/training.md)."
     )
     call = parse("train", TrainConfig[config_class(kind)], args, default, about)  # type: ignore[misc]
     workspace = Workspace(call.workspace)
