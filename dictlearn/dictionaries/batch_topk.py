@@ -20,12 +20,13 @@ Axes: B rows, D input width, S latents, C candidates per row, K slots that the b
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dictlearn import ops
+from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Update
 from dictlearn.dictionaries.configs import BatchTopKConfig
 from dictlearn.dictionaries.topk import TopK
@@ -64,21 +65,19 @@ class BatchTopK(TopK):
             self.threshold.lerp_(least.to(self.threshold), self.config.threshold_rate)
         return said | {"threshold": float(self.threshold)}
 
-    @torch.no_grad()
-    def fold(self) -> Self:
-        """As TopK's; the threshold is folded with the pre-activations it is compared with."""
-        folded = super().fold()
-        folded.threshold.mul_(self.target_scaling.unit())
-        return folded
+    def multiply_codes(self, factor: float) -> None:
+        super().multiply_codes(factor)
+        self.threshold.mul_(factor)
 
-    def _active(self, x_BD: Tensor) -> TopKCodes:
+    def _active(self, x_BD: Tensor) -> Codes:
         """Every pre-activation of a row that is positive and reaches the threshold."""
         slots = min(OFFERED * self.k, self.d_sae)
         while True:
             values_BC, indices_BC, _ = ops.encode_topk(x_BD, self.W_enc, self.b_enc, slots, self._pre_bias())
             values_BC = values_BC * (values_BC >= self.threshold)
             if slots == self.d_sae or not (values_BC > 0).all(dim=1).any():
-                return in_few_slots(values_BC, indices_BC)
+                codes = in_few_slots(values_BC, indices_BC)
+                return Codes(codes.indices, codes.values, self.d_sae)
             slots = min(2 * slots, self.d_sae)
 
     def _select(self, x_BD: Tensor, k: int, also_A: Tensor | None = None) -> TopKCodes:

@@ -15,7 +15,7 @@ from dictlearn.dictionaries.base import Dictionary, Update
 from dictlearn.dictionaries.configs import GatedConfig
 from dictlearn.dictionaries.gated import Gated
 from dictlearn.testing.dictionary import DictionaryTests
-from tests.dictionaries.test_relu import SCALINGS, scaled_slowly
+from tests.dictionaries.two_matrices import SCALINGS, scaled_slowly
 
 
 class TestGated(DictionaryTests):

@@ -18,7 +18,7 @@ from dictlearn.dictionaries.base import Dictionary, Update
 from dictlearn.dictionaries.configs import JumpReLUConfig
 from dictlearn.dictionaries.jumprelu import JumpReLU
 from dictlearn.testing.dictionary import DictionaryTests
-from tests.dictionaries.test_relu import SCALINGS, scaled_slowly
+from tests.dictionaries.two_matrices import SCALINGS, scaled_slowly
 
 BANDWIDTH, WEIGHT = 0.15, 0.01
 

@@ -18,25 +18,10 @@ from dictlearn.dictionaries.base import Dictionary, Update
 from dictlearn.dictionaries.configs import ReLUConfig
 from dictlearn.dictionaries.penalised import packed
 from dictlearn.dictionaries.relu import ReLU
-from dictlearn.testing.dictionary import DictionaryTests
-
-SCALINGS = ("mean_square", "none", "per_token", "layer_norm", "whiten")
+from tests.dictionaries.two_matrices import SCALINGS, TwoMatricesTests, scaled_slowly
 
 
-def scaled_slowly(dictionary: Dictionary, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(input, target)``: the formulas at the top of scaling.py, with the constants that were fitted."""
-    name, of_input, of_target = dictionary.config.scaling, dictionary.input_scaling, dictionary.target_scaling
-    u = {
-        "none": lambda: x,
-        "mean_square": lambda: x / of_input.scale,
-        "per_token": lambda: x * x.shape[1] ** 0.5 / x.norm(dim=1, keepdim=True),
-        "layer_norm": lambda: F.layer_norm(x, x.shape[1:], eps=0.0),
-        "whiten": lambda: (x - of_input.mean) @ of_input.whiten,
-    }[name]()
-    return u, u if target is None else target if name == "none" else target / of_target.scale
-
-
-class TestReLU(DictionaryTests):
+class TestReLU(TwoMatricesTests):
     def make(self, d_in: int, d_out: int | None, **numbers: Any) -> ReLU:
         return ReLU(ReLUConfig(**{"d_sae": 24, "l1_weight": 0.03, "dead_after_rows": 1000} | numbers), d_in, d_out)
 
@@ -103,18 +88,6 @@ class TestReLU(DictionaryTests):
         none.schedule(0, 16)
         assert none.warmed == 1.0
 
-    def test_decoder_rows_keep_unit_norm(self):
-        norms = self.trained(True, updates=20).W_dec.norm(dim=1)
-        torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-6, rtol=0)
-
-    def test_the_gradient_left_by_projection_is_orthogonal_to_each_row(self):
-        dictionary = self.trained(False)
-        dictionary.zero_grad()
-        dictionary.loss(*self.data(False)).total.backward()
-        assert (dictionary.W_dec.grad * dictionary.W_dec).sum(dim=1).abs().max() > 1e-3
-        dictionary.project_gradients()
-        assert (dictionary.W_dec.grad * dictionary.W_dec).sum(dim=1).abs().max() < 1e-6
-
     def test_folded_decoder_rows_have_unit_norm_and_codes_are_raw(self):
         for words, transcoder, dictionary in self.cases():
             if "whiten" not in words:
@@ -122,26 +95,8 @@ class TestReLU(DictionaryTests):
                 torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(24).double(), rtol=1e-6, atol=0)
                 scaled, raw = dictionary.encode(x).dense(), folded.encode(x).dense()
                 torch.testing.assert_close(raw, scaled * dictionary.target_scaling.unit(), rtol=1e-9, atol=1e-9)
-                assert dictionary.subtracts_b_dec != transcoder and not folded.subtracts_b_dec
 
     # --- redrawing dead latents ------------------------------------------------------------------------------------
-
-    def redrawn(self, transcoder: bool, dead: list[int], **update: Any) -> tuple[ReLU, ReLU, Update, dict[str, float]]:
-        """``(before, after, update, what was said)`` of one redrawing."""
-        dictionary = self.trained(transcoder)
-        dictionary.config = replace(dictionary.config, resample_every=5)
-        x, target = self.data(transcoder)
-        optimiser = torch.optim.Adam(dictionary.parameters(), lr=0.0)
-        loss = dictionary.loss(x, target)
-        for parameter in dictionary.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimiser.step()
-        dictionary.rows_since_fired.zero_()
-        dictionary.rows_since_fired[dead] = 10**12
-        before = dictionary.copy()
-        values = {"step": 4, "steps": 100, "generator": torch.Generator().manual_seed(1), "x": x} | update
-        made = Update(optimiser=optimiser, target=target, loss=loss, **values)
-        return before, dictionary, made, dictionary.after_update(made)
 
     def test_a_redrawn_latent_lies_along_its_row_and_fires_on_it(self):
         for transcoder in self.modes():
@@ -161,19 +116,6 @@ class TestReLU(DictionaryTests):
                 assert latent in after.encode(update.x[row : row + 1]).indices[0]
                 assert after.rows_since_fired[latent] == 0
 
-    def test_redrawing_forgets_the_past_of_dead_latents_and_leaves_the_others_alone(self):
-        for transcoder in self.modes():
-            before, after, update, _ = self.redrawn(transcoder, [3, 17])
-            live = torch.ones(24, dtype=torch.bool)
-            live[[3, 17]] = False
-            for name in ("W_enc", "b_enc", "W_dec"):
-                a, b = getattr(before, name), getattr(after, name)
-                torch.testing.assert_close(a[live], b[live])
-                assert ((a - b)[~live].abs().flatten(1).amax(dim=1) if a.ndim == 2 else (a - b)[~live].abs()).min() > 0
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    kept = update.optimiser.state[b][moment]
-                    assert not kept[~live].any() and (kept[live] != 0).all(), name
-
     def test_rows_are_drawn_by_the_square_of_their_loss(self):
         """1000 latents drawn one at a time: the share of each row is its share of the squared losses."""
         dictionary = self.trained(False)
@@ -192,18 +134,6 @@ class TestReLU(DictionaryTests):
         deviation = (1000 * share * (1 - share)).sqrt().clamp_min(1)
         assert ((counts - 1000 * share).abs() < 4 * deviation).all()
         assert ((counts - 1000 * linear).abs() > 4 * deviation).any()  # and not by the loss itself
-
-    def test_latents_are_redrawn_when_asked_and_not_at_the_end(self):
-        assert self.redrawn(False, [3], step=3)[3] == {}
-        assert self.redrawn(False, [], step=4)[3] == {"resampled": 0.0}
-        assert self.redrawn(False, [3], step=79)[3] == {"resampled": 1.0}
-        assert self.redrawn(False, [3], step=84)[3] == {}
-        x = self.data(False, rows=5)[0]
-        assert self.redrawn(False, list(range(24)), x=x)[3] == {"resampled": 5.0}
-
-    def test_a_transcoder_cannot_begin_as_an_autoencoder(self):
-        with pytest.raises(ValueError, match="begins without a target"):
-            self.make(self.d_in, self.d_out).initialise(self.data(False)[0], None, torch.Generator(), self.control())
 
     def test_the_first_squared_error_is_below_that_of_no_latents(self):
         for seed in range(5):

@@ -15,27 +15,12 @@ from torch import Tensor
 from activation_store.errors import UserError
 from dictlearn.dictionaries.base import Dictionary, Update
 from dictlearn.dictionaries.configs import TopKConfig
-from dictlearn.dictionaries.scaling import Scaling
-from dictlearn.dictionaries.topk import TopK, geometric_median
-from dictlearn.testing.dictionary import DictionaryTests
-
-SCALINGS = ("mean_square", "none", "per_token", "layer_norm", "whiten")
+from dictlearn.dictionaries.start import geometric_median
+from dictlearn.dictionaries.topk import TopK
+from tests.dictionaries.two_matrices import SCALINGS, TwoMatricesTests, scaled_slowly
 
 
-def scaled_slowly(rows: Tensor, name: str, scaling: Scaling) -> Tensor:
-    """The formulas at the top of scaling.py, with the constants of ``scaling``."""
-    if name == "mean_square":
-        return rows / scaling.scale
-    if name == "per_token":
-        return rows * rows.shape[1] ** 0.5 / rows.norm(dim=1, keepdim=True)
-    if name == "layer_norm":
-        return F.layer_norm(rows, rows.shape[1:], eps=0.0)
-    if name == "whiten":
-        return (rows - scaling.mean) @ scaling.whiten
-    return rows
-
-
-class TestTopK(DictionaryTests):
+class TestTopK(TwoMatricesTests):
     def make(self, d_in: int, d_out: int | None, **numbers: Any) -> TopK:
         return TopK(TopKConfig(**{"d_sae": 24, "k": 4, "dead_after_rows": 1000} | numbers), d_in, d_out)
 
@@ -55,13 +40,7 @@ class TestTopK(DictionaryTests):
     def reference_loss(self, dictionary: TopK, x: Tensor, target: Tensor | None) -> Tensor:
         """Gao et al. 2024, equations of section 2.3 and appendix A, dense."""
         p, config = dict(dictionary.named_parameters()), dictionary.config
-        y = target
-        x = scaled_slowly(x, config.scaling, dictionary.input_scaling)
-        y = (
-            x
-            if y is None
-            else scaled_slowly(y, "none" if config.scaling == "none" else "mean_square", dictionary.target_scaling)
-        )
+        x, y = scaled_slowly(dictionary, x, target)
         centred = x - p["b_dec"] if dictionary.subtracts_b_dec else x
         pre = centred @ p["W_enc"].T + p["b_enc"]
 
@@ -81,26 +60,10 @@ class TestTopK(DictionaryTests):
             total = total + (1 / 32) * miss.square().sum() / error.square().sum()
         return total
 
-    def test_autoencoder_subtracts_its_decoder_bias_and_transcoder_does_not(self):
-        assert self.trained(False).subtracts_b_dec
-        assert not self.trained(True).subtracts_b_dec
-
     def test_exactly_k_slots_and_no_negative_values(self):
         codes = self.trained(False).encode(self.data(False)[0])
         assert codes.indices.shape[1] == 4
         assert (codes.values >= 0).all()
-
-    def test_decoder_rows_keep_unit_norm(self):
-        norms = self.trained(True, updates=20).W_dec.norm(dim=1)
-        torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-6, rtol=0)
-
-    def test_the_gradient_left_by_projection_is_orthogonal_to_each_row(self):
-        dictionary = self.trained(False)
-        dictionary.zero_grad()
-        dictionary.loss(*self.data(False)).total.backward()
-        assert (dictionary.W_dec.grad * dictionary.W_dec).sum(dim=1).abs().max() > 1e-3
-        dictionary.project_gradients()
-        assert (dictionary.W_dec.grad * dictionary.W_dec).sum(dim=1).abs().max() < 1e-6
 
     def test_auxk_trains_dead_encoders_and_decoders_and_only_those(self):
         """A peer's fused encoder gave the auxiliary loss no gradient in the encoder; another trained live latents."""
@@ -197,23 +160,6 @@ class TestTopK(DictionaryTests):
 
     # --- redrawing dead latents ------------------------------------------------------------------------------------
 
-    def redrawn(self, transcoder: bool, dead: list[int], **update: Any) -> tuple[TopK, TopK, Update, dict[str, float]]:
-        """``(before, after, update, what was said)`` of one redrawing."""
-        dictionary = self.trained(transcoder)
-        dictionary.config = replace(dictionary.config, resample_every=5)
-        x, target = self.data(transcoder)
-        optimiser = torch.optim.Adam(dictionary.parameters(), lr=0.0)
-        loss = dictionary.loss(x, target)
-        for parameter in dictionary.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimiser.step()
-        dictionary.rows_since_fired.zero_()
-        dictionary.rows_since_fired[dead] = 10**12
-        before = dictionary.copy()
-        values = {"step": 4, "steps": 100, "generator": torch.Generator().manual_seed(1), "x": x} | update
-        made = Update(optimiser=optimiser, target=target, loss=loss, **values)
-        return before, dictionary, made, dictionary.after_update(made)
-
     def test_a_redrawn_latent_alone_repairs_the_row_it_was_drawn_for(self):
         for transcoder in self.modes():
             before, after, update, said = self.redrawn(transcoder, [3, 17])
@@ -229,22 +175,6 @@ class TestTopK(DictionaryTests):
                 torch.testing.assert_close(pre[row, latent] * after.W_dec[latent], error[row], rtol=1e-3, atol=1e-4)
                 assert after.rows_since_fired[latent] == 0
             assert len(drawn) == 2
-
-    def test_redrawing_forgets_the_past_of_dead_latents_and_leaves_the_others_alone(self):
-        for transcoder in self.modes():
-            before, after, update, _ = self.redrawn(transcoder, [3, 17])
-            live = torch.ones(24, dtype=torch.bool)
-            live[[3, 17]] = False
-            for name in ("W_enc", "b_enc", "W_dec"):
-                a, b = getattr(before, name), getattr(after, name)
-                torch.testing.assert_close(a[live], b[live])
-                if name != "b_enc":
-                    assert ((a - b)[~live].abs().amax(dim=1) > 0.01).all(), name
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    kept = update.optimiser.state[b][moment]
-                    assert not kept[~live].any() and (kept[live] != 0).all(), name
-            norms = after.W_dec.norm(dim=1)
-            torch.testing.assert_close(norms, torch.ones_like(norms))
 
     def test_rows_are_drawn_by_their_squared_error(self):
         """1000 latents drawn one at a time: the share of each row is its share of the squared error."""
@@ -263,28 +193,6 @@ class TestTopK(DictionaryTests):
         deviation = (1000 * share * (1 - share)).sqrt()
         assert ((counts - 1000 * share).abs() < 4 * deviation).all()
         assert ((counts - 1000 / 6).abs() > 4 * deviation).any()  # and not evenly
-
-    def test_latents_are_redrawn_when_asked_and_not_at_the_end(self):
-        assert self.redrawn(False, [3], step=3)[3] == {}
-        assert self.redrawn(False, [3], step=4)[3] == {"resampled": 1.0}
-        assert self.redrawn(False, [], step=4)[3] == {"resampled": 0.0}
-        assert self.redrawn(False, [3], step=79)[3] == {"resampled": 1.0}
-        assert self.redrawn(False, [3], step=84)[3] == {}
-        dictionary = self.trained(False)  # resample_every is 0
-        dictionary.rows_since_fired.fill_(10**12)
-        before = dictionary.W_enc.detach().clone()
-        x = self.data(False)[0]
-        assert dictionary.after_update(Update(None, 4, 100, torch.Generator(), x, None, None)) == {}
-        assert torch.equal(dictionary.W_enc, before)
-
-    def test_no_more_latents_are_redrawn_than_there_are_rows(self):
-        x = self.data(False, rows=5)[0]
-        assert self.redrawn(False, list(range(20)), x=x)[3] == {"resampled": 5.0}
-
-    def test_the_same_generator_redraws_the_same(self):
-        first, second = (self.redrawn(False, [3, 17])[1] for _ in range(2))
-        other = self.redrawn(False, [3, 17], generator=torch.Generator().manual_seed(2))[1]
-        assert torch.equal(first.W_dec, second.W_dec) and not torch.equal(first.W_dec, other.W_dec)
 
     # --- beginnings ------------------------------------------------------------------------------------------------
 
@@ -332,10 +240,6 @@ class TestTopK(DictionaryTests):
         torch.testing.assert_close(begun["geometric_median"].b_dec, geometric_median(scaled))
         assert not torch.allclose(geometric_median(scaled), scaled.mean(dim=0), rtol=1e-3)
         assert not begun["zero"].b_dec.any()
-
-    def test_a_transcoder_cannot_begin_as_an_autoencoder(self):
-        with pytest.raises(ValueError, match="begins without a target"):
-            self.make(self.d_in, self.d_out).initialise(self.data(False)[0], None, torch.Generator(), self.control())
 
 
 def test_geometric_median_minimises_the_sum_of_distances():
