@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from activation_store.aligned import AlignedLoader, AlignedStores
     from activation_store.errors import UserError
     from activation_store.filters import RowFilter
     from activation_store.loader import Loader
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from activation_store.writer import StoreWriter
 
 _HOMES = {
+    "AlignedLoader": "aligned",
+    "AlignedStores": "aligned",
     "UserError": "errors",
     "RowFilter": "filters",
     "ActivationSource": "source",
@@ -43,6 +46,8 @@ _HOMES = {
 
 __all__ = [
     "ActivationSource",
+    "AlignedLoader",
+    "AlignedStores",
     "DocumentRows",
     "Geometry",
     "HookSpec",

@@ -18,7 +18,7 @@ WIDTHS = st.sampled_from([(1,), (5,), (8,), (2, 3), (3, 1)])
 
 @dataclass(frozen=True)
 class RandomStore:
-    """What a store is made from; ``bits`` seeds its values."""
+    """What a store is made from; ``bits`` seeds its values, ``text`` its tokens and their positions."""
 
     hooks: tuple[HookSpec, ...]
     geometry: Geometry
@@ -26,17 +26,18 @@ class RandomStore:
     provenance: dict[str, Any]
     compression: str
     bits: int
+    text: int
 
     def write(self, path: Path) -> Path:
-        chance = np.random.default_rng(self.bits)
+        chance, text = np.random.default_rng(self.bits), np.random.default_rng(self.text)
         made_of = (self.plan, self.hooks, self.geometry, self.provenance)
         with StoreWriter(path, *made_of, compression=self.compression, disk=UnsyncedDisk()) as writer:
             rows = self.plan.rows
             documents = np.repeat(np.arange(len(self.plan.documents)), [d.rows for d in self.plan.documents])
             writer.append(
                 {hook.name: finite(chance, (rows, *hook.shape), hook.dtype) for hook in self.hooks},
-                chance.integers(0, 2**31 - 1, rows),
-                chance.integers(0, 1000, rows),
+                text.integers(0, 2**31 - 1, rows),
+                text.integers(0, 1000, rows),
                 documents,
             )
             writer.finish()
@@ -79,5 +80,6 @@ def random_stores(draw: st.DrawFn, **fixed: Any) -> RandomStore:
         "provenance": {"model": model, "tokenizer": "sha256:11", "corpus": {"name": "x"}},
         "compression": draw(st.sampled_from(sorted(COMPRESSIONS))),
         "bits": draw(st.integers(0, 2**32 - 1)),
+        "text": draw(st.integers(0, 2**32 - 1)),
     }
     return RandomStore(**(made | fixed))

@@ -171,6 +171,7 @@ PAGES = RandomStore(
     provenance={},
     compression="none",
     bits=7,
+    text=0,
 )
 """Shards of whole pages, which can be laid side by side."""
 
