@@ -9,7 +9,7 @@ the scaling of its input and target; `fold` turns it into one that takes raw act
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
+from dictlearn.dictionaries.configs import check_hooks
 from dictlearn.dictionaries.scaling import Scaling
+
+Width = int | Sequence[int]
+"""Of the activations of one hook, or of each of several."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,12 @@ class ControlStatistics(Protocol):
 class Dictionary(nn.Module):
     """A sparse dictionary from d_in to d_out; with ``d_out`` None it is an autoencoder, which rebuilds its own input.
 
+    Either may be several hooks: their activations side by side, given by the width of each.
+
     Attributes:
         autoencoder: whether the target is the input.
+        input_parts, output_parts: width of each hook that is encoded, and of each that is rebuilt.
+        d_in, d_out: widths of all of them together.
         provenance: what it was trained on (model, store, hooks), filled by training and by loading.
         rows_since_fired: (S,) int64 buffer: rows seen since each latent last fired.
         input_scaling, target_scaling: what is done to raw activations before they are encoded and compared; an
@@ -107,15 +115,16 @@ class Dictionary(nn.Module):
     b_dec: Tensor
     rows_since_fired: Tensor
 
-    def __init__(self, config: Any, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: Any, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__()
         self.config = config
         self.autoencoder = d_out is None
-        self.d_in = d_in
-        self.d_out = d_in if d_out is None else d_out
+        self.input_parts = _parts(d_in)
+        self.output_parts = self.input_parts if d_out is None else _parts(d_out)
+        self.d_in, self.d_out = sum(self.input_parts), sum(self.output_parts)
         self.d_sae: int = config.d_sae
         self.provenance: dict[str, Any] = {}
-        config.check(self.d_in, self.d_out)
+        check_hooks(config, self.input_parts, None if self.autoencoder else self.output_parts)
         self.register_buffer("rows_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
         self.input_scaling = self.target_scaling = Scaling()
 
@@ -175,10 +184,12 @@ class Dictionary(nn.Module):
 
     def described(self) -> dict[str, Any]:
         """Kind, widths and config as plain values: what a file needs to build it again."""
+        parts = {"input_parts": list(self.input_parts), "output_parts": list(self.output_parts)}
         return {
             "kind": self.kind,
             "d_in": self.d_in,
             "d_out": self.d_out,
+            **{name: widths for name, widths in parts.items() if len(widths) > 1},
             "autoencoder": self.autoencoder,
             "config": asdict(self.config),
         }
@@ -192,6 +203,10 @@ class Dictionary(nn.Module):
 
     def copy(self) -> Self:
         return copy.deepcopy(self)
+
+
+def _parts(width: Width) -> tuple[int, ...]:
+    return (width,) if isinstance(width, int) else tuple(width)
 
 
 def forget_moments(optimiser: Remembers, parameter: Tensor, rows: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Update
+from dictlearn.dictionaries.base import ControlStatistics, Update, Width
 from dictlearn.dictionaries.configs import BatchTopKConfig
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops import TopKCodes
@@ -43,7 +43,7 @@ class BatchTopK(TopK):
     latent_tensors: ClassVar[tuple[str, ...]] = ()
     threshold: Tensor
 
-    def __init__(self, config: BatchTopKConfig, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: BatchTopKConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.register_buffer("threshold", torch.zeros(()))
 

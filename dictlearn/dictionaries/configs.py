@@ -1,17 +1,42 @@
 """What can be asked of each kind of dictionary. No torch here, so that a wrong number is refused before anything loads.
 
 The width of the activations is not asked for: it comes from the store. The sentence under a field is its help text on
-the command line. `check` is called with the widths and raises UserError. Kinds that rebuild nothing but their own input
-say so by ``transcodes = False``.
+the command line. `check` is called with the widths and raises UserError, and so is ``check_parts`` of the kinds that
+have it, with the widths of each hook. Kinds that rebuild nothing but their own input say so by ``transcodes = False``,
+those of one hook alone by ``several_hooks = False``. `check_hooks` asks all of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from activation_store.errors import UserError
+
+
+class CheckedConfig(Protocol):
+    """What every config has; ``transcodes``, ``several_hooks`` and ``check_parts`` besides where they say something."""
+
+    kind: ClassVar[str]
+
+    def check(self, d_in: int, d_out: int) -> None: ...
+
+
+def check_hooks(config: CheckedConfig, input_parts: Sequence[int], output_parts: Sequence[int] | None) -> None:
+    """Raise UserError when no such dictionary can exist of hooks of these widths; an autoencoder has no outputs."""
+    if output_parts is not None and not getattr(config, "transcodes", True):
+        raise UserError(
+            f"A dictionary of kind {config.kind!r} rebuilds its own input and has no target hook; leave target_hook "
+            "out, or use topk."
+        )
+    rebuilt = input_parts if output_parts is None else output_parts
+    if max(len(input_parts), len(rebuilt)) > 1 and not getattr(config, "several_hooks", True):
+        raise UserError(f"A dictionary of kind {config.kind!r} is of one hook alone; name one, or use topk.")
+    config.check(sum(input_parts), sum(rebuilt))
+    if hasattr(config, "check_parts"):
+        config.check_parts(input_parts, rebuilt)
 
 
 @dataclass(frozen=True)
@@ -58,9 +83,11 @@ class TopKConfig:
             raise UserError(f"k_aux is {self.k_aux}; it must lie between 1 and d_sae ({self.d_sae}).")
         if self.multi_topk_weight < 0:
             raise UserError(f"multi_topk_weight is {self.multi_topk_weight}; it must be 0 (off) or positive.")
-        if self.resample_every < 0:
-            raise UserError(f"resample_every is {self.resample_every}; it must be 0 (off) or positive.")
-        _check_shrinkage(self.shrinkage)
+        _check_redrawing_and_shrinkage(self)
+
+    def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:
+        """Raise UserError when no such dictionary can exist on several hooks of these widths."""
+        _check_scaling_of_parts(self.scaling, input_parts)
 
 
 @dataclass(frozen=True)
@@ -129,6 +156,7 @@ class KSparseConfig:
 
     kind: ClassVar[str] = "ksparse"
     transcodes: ClassVar[bool] = False
+    several_hooks: ClassVar[bool] = False
 
     d_sae: int = 4096
     """Number of latents."""
@@ -178,9 +206,11 @@ class PenalisedConfig:
         _check_positive(self, "d_sae", "dead_after_rows")
         if not 0 <= self.warm_up_share <= 1:
             raise UserError(f"warm_up_share is {self.warm_up_share}; it must lie between 0 (no warm-up) and 1.")
-        if self.resample_every < 0:
-            raise UserError(f"resample_every is {self.resample_every}; it must be 0 (off) or positive.")
-        _check_shrinkage(self.shrinkage)
+        _check_redrawing_and_shrinkage(self)
+
+    def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:
+        """Raise UserError when no such dictionary can exist on several hooks of these widths."""
+        _check_scaling_of_parts(self.scaling, input_parts)
 
 
 @dataclass(frozen=True)
@@ -250,6 +280,7 @@ class ICFLConfig:
 
     kind: ClassVar[str] = "icfl"
     transcodes: ClassVar[bool] = False
+    several_hooks: ClassVar[bool] = False
 
     d_sae: int = 2048
     """Number of atoms."""
@@ -278,8 +309,6 @@ class ICFLConfig:
     def check(self, d_in: int, d_out: int) -> None:
         """Raise UserError when no such dictionary can exist on activations of these widths."""
         _check_positive(self, "d_sae", "rounds", "width", "reset_every", "dead_after_rows")
-        if d_in != d_out:
-            raise UserError("ICFL rebuilds its own input and has no target hook; leave target_hook out, or use topk.")
         if self.width > self.d_sae:
             raise UserError(f"width is {self.width}, more than the {self.d_sae} atoms of d_sae; lower it.")
         if self.k > d_in:
@@ -290,6 +319,63 @@ class ICFLConfig:
         _check_shrinkage(self.shrinkage)
         if not 0 < self.reset_cosine <= 1:
             raise UserError(f"reset_cosine is {self.reset_cosine}; it must lie above 0 and at most at 1.")
+
+
+@dataclass(frozen=True)
+class CrossLayerConfig:
+    """Latents of each layer's MLP input that write to its output and all later ones (Ameisen et al. 2025)."""
+
+    kind: ClassVar[str] = "clt"
+    autoencodes: ClassVar[bool] = False
+
+    d_sae: int = 4096
+    """Number of latents, of all layers together; each layer has the same share."""
+    k: int = 16
+    """Latents active per row in each layer."""
+    auxk_weight: float = 1 / 32
+    """Weight of the AuxK loss, which lets dead latents reconstruct what the live ones leave over; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead latents active per row and layer in the AuxK loss; half a layer's width when not given."""
+    dead_after_rows: int = 10_000_000
+    """A latent counts as dead when it has not fired for this many rows (tokens)."""
+    scaling: Literal["mean_square", "none"] = "mean_square"
+    """Units of training: every hook of unit variance, or raw."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_choices(self)
+        _check_positive(self, "d_sae", "k", "dead_after_rows")
+        _check_weight(self, "auxk_weight")
+        if self.k_aux is not None and not 0 < self.k_aux <= self.d_sae:
+            raise UserError(f"k_aux is {self.k_aux}; it must lie between 1 and d_sae ({self.d_sae}).")
+
+    def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:
+        """Raise UserError when no such dictionary can exist on hooks of these widths."""
+        layers = len(input_parts)
+        if layers < 2 or len(output_parts) != layers:
+            raise UserError(
+                f"A cross-layer transcoder reads two layers or more and predicts as many; hook names {layers} and "
+                f"target_hook {len(output_parts)}. Name the MLP input and the MLP output of each layer, in their order."
+            )
+        if len(set(input_parts)) > 1:
+            raise UserError(
+                f"The hooks that are encoded have the widths {', '.join(map(str, input_parts))}; they must be equal."
+            )
+        if self.d_sae % layers:
+            raise UserError(
+                f"d_sae is {self.d_sae}, which {layers} layers cannot share evenly; make it a multiple of {layers}."
+            )
+        if self.k > self.d_sae // layers:
+            raise UserError(
+                f"k is {self.k}, more than the {self.d_sae // layers} latents of each of {layers} layers; lower k or "
+                "raise d_sae."
+            )
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that are learned."""
+        of_layer = self.d_sae // len(input_parts)
+        decoders = sum((layer + 1) * of_layer * width for layer, width in enumerate(output_parts))
+        return self.d_sae * (input_parts[0] + 1) + decoders + sum(output_parts)
 
 
 def _check_positive(config: object, *fields: str) -> None:
@@ -314,6 +400,20 @@ def _check_k(config: TopKConfig | KSparseConfig) -> None:
         )
     if not 0 < config.k_anneal_share <= 1:
         raise UserError(f"k_anneal_share is {config.k_anneal_share}; it must lie above 0 and at most at 1.")
+
+
+def _check_redrawing_and_shrinkage(config: TopKConfig | PenalisedConfig) -> None:
+    if config.resample_every < 0:
+        raise UserError(f"resample_every is {config.resample_every}; it must be 0 (off) or positive.")
+    _check_shrinkage(config.shrinkage)
+
+
+def _check_scaling_of_parts(scaling: str, input_parts: Sequence[int]) -> None:
+    if scaling in ("per_token", "layer_norm") and len(input_parts) > 1:
+        raise UserError(
+            f"scaling is {scaling!r}, a row's own scale, and there are {len(input_parts)} hooks side by side with rows "
+            "of their own; use mean_square, whiten or none."
+        )
 
 
 def _check_shrinkage(shrinkage: float) -> None:

@@ -38,3 +38,12 @@ def describe(folder: str | Path) -> dict[str, Any]:
             "Use the dictlearn that wrote it, or a newer one."
         )
     return description
+
+
+def hooks_of(provenance: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """``(hooks that are encoded, hooks that are rebuilt)`` of a provenance, where one is a plain string."""
+    return _as_tuple(provenance["hook_in"]), _as_tuple(provenance["hook_out"])
+
+
+def _as_tuple(hooks: str | list[str]) -> tuple[str, ...]:
+    return (hooks,) if isinstance(hooks, str) else tuple(hooks)

@@ -47,7 +47,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Dictionary:
     cls = dictionary_class(description["kind"])
     try:
         config = cls.Config(**description["config"])
-        dictionary = cls(config, description["d_in"], None if description["autoencoder"] else description["d_out"])
+        d_in, d_out = (
+            description.get(f"{of}_parts", description[d]) for of, d in (("input", "d_in"), ("output", "d_out"))
+        )
+        dictionary = cls(config, d_in, None if description["autoencoder"] else d_out)
         dictionary.drop_scaling()
         tensors = load_file(folder / WEIGHTS)
         if description["version"] == 1:

@@ -25,7 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dictlearn.dictionaries.base import Loss, Remembers, forget_moments
+from dictlearn.dictionaries.base import Loss, Remembers, Width, forget_moments
 from dictlearn.dictionaries.configs import GatedConfig
 from dictlearn.dictionaries.penalised import Penalised
 
@@ -36,7 +36,7 @@ class Gated(Penalised):
     config: GatedConfig
     biases = ("b_enc", "b_gate")
 
-    def __init__(self, config: GatedConfig, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: GatedConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.b_gate = nn.Parameter(torch.zeros(self.d_sae))
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))

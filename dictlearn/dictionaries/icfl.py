@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Dictionary, Loss, Update, forget_moments
+from dictlearn.dictionaries.base import Dictionary, Loss, Update, Width, forget_moments
 from dictlearn.dictionaries.configs import ICFLConfig
 from dictlearn.dictionaries.scaling import whitening
 
@@ -47,12 +47,12 @@ class ICFL(Dictionary):
     whiten: Tensor
     unwhiten: Tensor
 
-    def __init__(self, config: ICFLConfig, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: ICFLConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
-        self.atoms = nn.Parameter(torch.zeros(self.d_sae, d_in))
-        self.register_buffer("mean", torch.zeros(d_in))
-        self.register_buffer("whiten", torch.eye(d_in))
-        self.register_buffer("unwhiten", torch.eye(d_in))
+        self.atoms = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
+        self.register_buffer("mean", torch.zeros(self.d_in))
+        self.register_buffer("whiten", torch.eye(self.d_in))
+        self.register_buffer("unwhiten", torch.eye(self.d_in))
 
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]
@@ -86,9 +86,10 @@ class ICFL(Dictionary):
         self, x: Tensor, target: Tensor | None, generator: torch.Generator, control: ControlStatistics
     ) -> None:
         """Mean and whitening from the control rows; atoms uniform as in a torch Linear, which the paper uses."""
-        self.mean.copy_(torch.tensor(control.mean).flatten())
+        mean = torch.tensor(control.mean).flatten()
+        self.mean.copy_(mean)
         if self.config.whiten:
-            whiten, unwhiten = whitening(control, self.config.shrinkage)
+            whiten, unwhiten = whitening(mean, torch.tensor(control.second_moment), self.config.shrinkage)
             self.whiten.copy_(whiten)
             self.unwhiten.copy_(unwhiten)
         bound = self.d_in**-0.5

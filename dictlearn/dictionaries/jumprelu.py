@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dictlearn.dictionaries.base import Loss, Remembers, forget_moments
+from dictlearn.dictionaries.base import Loss, Remembers, Width, forget_moments
 from dictlearn.dictionaries.configs import JumpReLUConfig
 from dictlearn.dictionaries.penalised import Penalised
 
@@ -43,7 +43,7 @@ class JumpReLU(Penalised):
     Config = JumpReLUConfig
     config: JumpReLUConfig
 
-    def __init__(self, config: JumpReLUConfig, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: JumpReLUConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.initial_log_threshold = math.log(config.initial_threshold * self.length)
         self.log_threshold = nn.Parameter(torch.full((self.d_sae,), self.initial_log_threshold))

@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from activation_store.errors import UserError
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import KSparseConfig
 from dictlearn.dictionaries.falling_k import falling_k
 from dictlearn.dictionaries.scaling import LEAST, scalings
@@ -37,17 +36,12 @@ class KSparse(Dictionary):
     config: KSparseConfig
     latent_tensors: ClassVar[tuple[str, ...]] = ("W", "b_enc", "rows_since_fired")
 
-    def __init__(self, config: KSparseConfig, d_in: int, d_out: int | None = None) -> None:
-        if d_out is not None:
-            raise UserError(
-                "A k-sparse autoencoder decodes with the weights it encodes with, so it has no target hook; leave "
-                "target_hook out, or use topk."
-            )
-        super().__init__(config, d_in)
-        self.W = nn.Parameter(torch.zeros(self.d_sae, d_in))
+    def __init__(self, config: KSparseConfig, d_in: Width, d_out: Width | None = None) -> None:
+        super().__init__(config, d_in, d_out)
+        self.W = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.input_scaling, self.target_scaling = scalings(config.scaling, d_in, 0.0, autoencoder=True)
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
+        self.input_scaling, self.target_scaling = scalings(config.scaling, self.input_parts, None)
         self.k = config.k
         """Latents active per row in training: the config's k, or more in the first steps of a run."""
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Loss, Update
+from dictlearn.dictionaries.base import Loss, Update, Width
 from dictlearn.dictionaries.configs import PenalisedConfig
 from dictlearn.dictionaries.two_matrices import TwoMatrices
 
@@ -32,7 +32,7 @@ REDRAWN_STRENGTH = 0.2
 class Penalised(TwoMatrices):
     config: PenalisedConfig
 
-    def __init__(self, config: PenalisedConfig, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: PenalisedConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.length = self.d_out**0.5
         """Length of a typical target row in scaled units; the papers' unit."""

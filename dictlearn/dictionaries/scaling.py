@@ -13,9 +13,13 @@ An autoencoder scales its target as its input. A transcoder scales its input as 
 ("none": not at all): the mean and norm of a target row are not known where only the input is, so they could not be
 put back.
 
-What is a constant of the data folds into the weights exactly, so that what is saved takes raw activations. Whitening
-folds into decoder rows that are the unwhitened directions, what one unit of a latent adds to a raw activation; they are
-no longer of unit norm, and cannot be made so: that would change which latents are the k largest. What depends on the
+Several hooks side by side are parts of a row: "mean_square" then has a number for each part, so that each hook has unit
+variance, and "whiten" whitens each part by itself. A row's own scale is of one hook alone.
+
+What is a constant of the data folds into the weights exactly, so that what is saved takes raw activations. Whitening,
+and a number for each of several parts, fold into decoder rows that are raw directions, what one unit of a latent adds
+to a raw activation; they are no longer of unit norm, and cannot be made so: that would change which latents are the k
+largest. What depends on the
 row (per_token, layer_norm) folds into no weight and stays a part of the saved dictionary's encode and decode.
 
 Axes: B rows, D width, S latents.
@@ -96,6 +100,26 @@ class MeanSquare(Scaling):
         return float(self.scale)
 
 
+class MeanSquareByPart(MeanSquare):
+    """One number for each part of a row; ``scale`` (D,) repeats it for each of the part's coordinates."""
+
+    def __init__(self, parts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.scale = torch.ones(sum(parts))
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor, control: ControlStatistics) -> None:
+        for scale, part in zip(self.scale.split(self.parts), rows.split(self.parts, dim=1), strict=True):
+            scale.fill_((part - part.mean(dim=0)).square().mean().sqrt().clamp_min(LEAST))
+
+    def into_decoder(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return W * self.scale, b * self.scale
+
+    def unit(self) -> float:
+        return 1.0
+
+
 class RowWise(Scaling):
     """Each row by its own root mean square (``per_token``), or by its own mean and deviation (``layer_norm``)."""
 
@@ -125,23 +149,31 @@ class RowWise(Scaling):
 
 
 class Whiten(Scaling):
-    """The control rows become uncorrelated coordinates of variance 1, around 0."""
+    """The control rows become uncorrelated coordinates of variance 1, around 0; each part of a row by itself."""
 
     mean: Tensor
     whiten: Tensor
     unwhiten: Tensor
 
-    def __init__(self, width: int, shrinkage: float) -> None:
+    def __init__(self, parts: tuple[int, ...], shrinkage: float) -> None:
         super().__init__()
+        self.parts = parts
         self.shrinkage = shrinkage
+        width = sum(parts)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("whiten", torch.eye(width))
         self.register_buffer("unwhiten", torch.eye(width))
 
     @torch.no_grad()
     def fit(self, rows: Tensor, control: ControlStatistics) -> None:
-        whiten, unwhiten = whitening(control, self.shrinkage)
-        self.mean.copy_(torch.tensor(control.mean).flatten())
+        mean = torch.tensor(control.mean).flatten()
+        second_moment = torch.tensor(control.second_moment)
+        first, blocks = 0, []
+        for width in self.parts:
+            part = slice(first, first := first + width)
+            blocks.append(whitening(mean[part], second_moment[part, part], self.shrinkage))
+        whiten, unwhiten = (torch.block_diag(*of_parts) for of_parts in zip(*blocks, strict=True))
+        self.mean.copy_(mean)
         self.whiten.copy_(whiten)
         self.unwhiten.copy_(unwhiten)
 
@@ -161,23 +193,32 @@ class Whiten(Scaling):
         return W @ self.unwhiten.to(W), b @ self.unwhiten.to(W) + self.mean.to(W)
 
 
-def scalings(name: str, width: int, shrinkage: float, autoencoder: bool) -> tuple[Scaling, Scaling]:
-    """``(of the input, of the target)`` for one of the names above; an autoencoder's are the same object."""
+def scalings(
+    name: str, input_parts: tuple[int, ...], output_parts: tuple[int, ...] | None, shrinkage: float = 0.0
+) -> tuple[Scaling, Scaling]:
+    """``(of the input, of the target)`` for one of the names above and the widths of the hooks.
+
+    Without ``output_parts`` it is for an autoencoder, where both are the same object.
+    """
     if name == "mean_square":
-        of_input: Scaling = MeanSquare()
+        of_input = _mean_square(input_parts)
     elif name == "whiten":
-        of_input = Whiten(width, shrinkage)
+        of_input = Whiten(input_parts, shrinkage)
     elif name in ("per_token", "layer_norm"):
         of_input = RowWise(centred=name == "layer_norm")
     else:
         of_input = Scaling()
-    if autoencoder:
+    if output_parts is None:
         return of_input, of_input
-    return of_input, Scaling() if name == "none" else MeanSquare()
+    return of_input, Scaling() if name == "none" else _mean_square(output_parts)
 
 
-def whitening(control: ControlStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """PCA whitening ``(T, T^-1)``, each (D, D) for row vectors, from the control rows' covariance, in float64.
+def _mean_square(parts: tuple[int, ...]) -> Scaling:
+    return MeanSquare() if len(parts) == 1 else MeanSquareByPart(parts)
+
+
+def whitening(mean: Tensor, second_moment: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """PCA whitening ``(T, T^-1)``, each (D, D) for row vectors, in float64, from the mean and second moment of rows.
 
     Eigenvalues are shrunk, ``s + shrinkage * mean(s)``: directions in which few control rows vary are noise that
     dividing by a near-zero ``s`` would amplify.
@@ -185,8 +226,8 @@ def whitening(control: ControlStatistics, shrinkage: float) -> tuple[Tensor, Ten
     Raises:
         UserError: the control rows lie in a subspace, and no shrinkage makes up for it.
     """
-    mean = torch.tensor(control.mean, dtype=torch.float64).flatten()
-    covariance = torch.tensor(control.second_moment, dtype=torch.float64) - mean[:, None] * mean
+    mean = mean.double()
+    covariance = second_moment.double() - mean[:, None] * mean
     s, U = torch.linalg.eigh(covariance)
     s = s.clamp_min(0) + shrinkage * s.clamp_min(0).mean()
     if not s[0] > LEAST * s[-1]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Loss, Update
+from dictlearn.dictionaries.base import Loss, Update, Width
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.falling_k import falling_k
 from dictlearn.dictionaries.scaling import LEAST
@@ -39,7 +39,7 @@ class TopK(TwoMatrices):
     rule: ClassVar[Rule] = "relu"
     latent_tensors: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "rows_since_fired")
 
-    def __init__(self, config: TopKConfig, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: TopKConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.k = config.k
         """Latents active per row: the config's k, but for the first steps of a run that begins with more."""

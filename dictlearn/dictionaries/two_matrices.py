@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Remembers, Update, forget_moments
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Remembers, Update, Width, forget_moments
 from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
 
@@ -33,14 +33,14 @@ class TwoMatrices(Dictionary):
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters (S,) that are added to W_enc's product with the centred input."""
 
-    def __init__(self, config: Any, d_in: int, d_out: int | None = None) -> None:
+    def __init__(self, config: Any, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.W_enc = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.input_scaling, self.target_scaling = scalings(
-            config.scaling, self.d_in, config.shrinkage, self.autoencoder
+            config.scaling, self.input_parts, None if self.autoencoder else self.output_parts, config.shrinkage
         )
         self.subtracts_b_dec = False
         """Whether b_pre is b_dec: true while an autoencoder trains, false for transcoders and for anything folded."""
@@ -151,8 +151,8 @@ class TwoMatrices(Dictionary):
     def fold(self) -> Self:
         """A copy that takes raw activations, folded in float64.
 
-        Decoder rows stay of unit norm, but for whitening. A row's own scale (per_token, layer_norm) cannot be folded
-        and stays a part of `encode` and `decode`.
+        Decoder rows stay of unit norm, but for whitening and several hooks. A row's own scale (per_token, layer_norm)
+        cannot be folded and stays a part of `encode` and `decode`.
         """
         folded = self.copy().double()
         reads_SD = folded.W_enc.clone()

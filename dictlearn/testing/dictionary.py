@@ -20,7 +20,7 @@ from torch import Tensor
 
 from activation_store.errors import UserError
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import Dictionary, Update
+from dictlearn.dictionaries.base import Dictionary, Update, Width
 from dictlearn.dictionaries.files import load, save
 
 
@@ -29,21 +29,27 @@ class DictionaryTests:
 
     transcodes = True
     """Whether the kind accepts another target than its input."""
+    several_hooks = False
+    """Whether the kind accepts several hooks side by side; it is then held to the contract with two as well."""
     d_in, d_out, rows = 12, 10, 64
 
     # --- what a subclass gives -------------------------------------------------------------------------------------
 
-    def make(self, d_in: int, d_out: int | None) -> Dictionary:
-        """A tiny untrained dictionary; d_out None means an autoencoder."""
+    def make(self, d_in: Width, d_out: Width | None) -> Dictionary:
+        """A tiny untrained dictionary; d_out None means an autoencoder. With `several_hooks` also of several widths."""
         raise NotImplementedError
 
     def reference_loss(self, dictionary: Dictionary, x: Tensor, target: Tensor | None) -> Tensor:
         """The total loss written as dense plain autograd, from the dictionary's parameters and buffers."""
         raise NotImplementedError
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         """`make` for each version of the kind, by name."""
         return {"as made": self.make}
+
+    def of_two_hooks(self, d_in: Width, d_out: Width | None) -> Dictionary:
+        """`make` with the same widths, each cut into those of two hooks."""
+        return self.make(_cut(d_in), None if d_out is None else _cut(d_out))
 
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
@@ -53,7 +59,8 @@ class DictionaryTests:
     def cases(self, updates: int = 5) -> Iterator[tuple[str, bool, Dictionary]]:
         """``(words, whether it transcodes, dictionary)``: each variant as autoencoder and, where it can, transcoder."""
         for transcoder in self.modes():
-            for name, make in self.variants().items():
+            versions = self.variants() | ({"of two hooks": self.of_two_hooks} if self.several_hooks else {})
+            for name, make in versions.items():
                 words = f"{name}, {'transcoder' if transcoder else 'autoencoder'}"
                 yield words, transcoder, self.trained(transcoder, updates=updates, make=make)
 
@@ -75,7 +82,7 @@ class DictionaryTests:
         transcoder: bool,
         seed: int = 0,
         updates: int = 5,
-        make: Callable[[int, int | None], Dictionary] | None = None,
+        make: Callable[[Width, Width | None], Dictionary] | None = None,
     ) -> Dictionary:
         """Initialised on data and moved a little, so that no parameter sits at a symmetric start."""
         dictionary = (make or self.make)(self.d_in, self.d_out if transcoder else None)
@@ -215,6 +222,7 @@ class DictionaryTests:
             assert loaded.provenance == dictionary.provenance
             assert loaded.config == dictionary.config
             assert loaded.autoencoder != transcoder
+            assert (loaded.input_parts, loaded.output_parts) == (dictionary.input_parts, dictionary.output_parts)
             assert torch.equal(loaded.rows_since_fired, dictionary.rows_since_fired)
             assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -249,6 +257,12 @@ class DictionaryTests:
             description.unlink()
         with pytest.raises(UserError, match="dictionary"):
             load(folder)
+
+
+def _cut(width: Width) -> tuple[int, int]:
+    """Of one hook into those of two."""
+    assert isinstance(width, int)
+    return width // 3, width - width // 3
 
 
 def saying(words: str) -> Callable[[str], str]:

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from activation_store.errors import UserError
 from dictlearn.dictionaries.abs_topk import AbsTopK
-from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.base import Dictionary, Width
 from dictlearn.dictionaries.configs import AbsTopKConfig
 from dictlearn.testing.dictionary import DictionaryTests
 
 
 class TestAbsTopK(DictionaryTests):
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> AbsTopK:
+    several_hooks = True
+
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> AbsTopK:
         return AbsTopK(AbsTopKConfig(**{"d_sae": 24, "k": 4, "dead_after_rows": 1000} | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {
             name: {"scaling": name} for name in ("mean_square", "none", "per_token", "layer_norm", "whiten")
         }

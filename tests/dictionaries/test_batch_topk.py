@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Dictionary, Update
+from dictlearn.dictionaries.base import Dictionary, Update, Width
 from dictlearn.dictionaries.batch_topk import BatchTopK
 from dictlearn.dictionaries.configs import BatchTopKConfig
 from dictlearn.dictionaries.files import load, save
@@ -22,10 +22,12 @@ SCALINGS = ("mean_square", "none", "per_token", "layer_norm", "whiten")
 
 
 class TestBatchTopK(DictionaryTests):
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> BatchTopK:
+    several_hooks = True
+
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> BatchTopK:
         return BatchTopK(BatchTopKConfig(**{"d_sae": 24, "k": 4, "dead_after_rows": 1000} | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {name: {"scaling": name} for name in SCALINGS}
         versions["every latent active"] = {"k": 24}
         versions["one per row"] = {"k": 1}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Dictionary, Update
+from dictlearn.dictionaries.base import Dictionary, Update, Width
 from dictlearn.dictionaries.configs import GatedConfig
 from dictlearn.dictionaries.gated import Gated
 from dictlearn.testing.dictionary import DictionaryTests
@@ -19,11 +19,13 @@ from tests.dictionaries.two_matrices import SCALINGS, scaled_slowly
 
 
 class TestGated(DictionaryTests):
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> Gated:
+    several_hooks = True
+
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> Gated:
         defaults = {"d_sae": 24, "l1_weight": 0.03, "dead_after_rows": 1000}
         return Gated(GatedConfig(**defaults | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {name: {"scaling": name} for name in SCALINGS}
         versions["no penalty, half the auxiliary weight"] = {"l1_weight": 0.0, "auxiliary_weight": 0.5}
         versions["resampled, still warming up"] = {"resample_every": 2, "warm_up_share": 1.0}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Update
+from dictlearn.dictionaries.base import Update, Width
 from dictlearn.dictionaries.configs import ICFLConfig
 from dictlearn.dictionaries.icfl import ICFL, RIDGE
 from dictlearn.testing.dictionary import DictionaryTests
@@ -31,7 +31,7 @@ def pursue_slowly(row: Tensor, atoms: Tensor, config: ICFLConfig) -> Tensor:
 class TestICFL(DictionaryTests):
     transcodes = False
 
-    def make(self, d_in: int, d_out: int | None) -> ICFL:
+    def make(self, d_in: Width, d_out: Width | None) -> ICFL:
         return ICFL(ICFLConfig(d_sae=20, rounds=3, width=2, reset_every=3), d_in, d_out)
 
     def reference_loss(self, dictionary: ICFL, x: Tensor, target: Tensor | None) -> Tensor:
@@ -92,11 +92,11 @@ class TestICFL(DictionaryTests):
 @pytest.mark.parametrize(
     ("numbers", "d_out", "sentence"),
     [
-        ({"rounds": 5, "width": 4}, 16, "rounds \\* width is 20, more than the activation's width 16"),
-        ({}, 8, "ICFL rebuilds its own input"),
-        ({"rounds": 0}, 16, "rounds is 0"),
-        ({"rounds": 1, "width": 9, "d_sae": 8}, 16, "width is 9, more than the 8 atoms"),
-        ({"rounds": 1, "shrinkage": 2.0}, 16, "shrinkage is 2.0"),
+        ({"rounds": 5, "width": 4}, None, "rounds \\* width is 20, more than the activation's width 16"),
+        ({}, 8, "kind 'icfl' rebuilds its own input and has no target hook"),
+        ({"rounds": 0}, None, "rounds is 0"),
+        ({"rounds": 1, "width": 9, "d_sae": 8}, None, "width is 9, more than the 8 atoms"),
+        ({"rounds": 1, "shrinkage": 2.0}, None, "shrinkage is 2.0"),
     ],
 )
 def test_impossible_numbers_are_refused_in_a_sentence(numbers, d_out, sentence):

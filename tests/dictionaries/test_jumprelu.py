@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Dictionary, Update
+from dictlearn.dictionaries.base import Dictionary, Update, Width
 from dictlearn.dictionaries.configs import JumpReLUConfig
 from dictlearn.dictionaries.jumprelu import JumpReLU
 from dictlearn.testing.dictionary import DictionaryTests
@@ -24,12 +24,14 @@ BANDWIDTH, WEIGHT = 0.15, 0.01
 
 
 class TestJumpReLU(DictionaryTests):
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> JumpReLU:
+    several_hooks = True
+
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> JumpReLU:
         """A wide kernel, so that some of 64 rows lie under it."""
         defaults = {"d_sae": 24, "l0_weight": WEIGHT, "bandwidth": BANDWIDTH, "initial_threshold": 0.05}
         return JumpReLU(JumpReLUConfig(**defaults | {"dead_after_rows": 1000} | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {name: {"scaling": name} for name in SCALINGS}
         versions["towards 5 per row, still warming up"] = {"target_l0": 5, "warm_up_share": 1.0}
         versions["narrow kernel"] = {"bandwidth": 0.001, "initial_threshold": 0.001}

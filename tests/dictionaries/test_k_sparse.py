@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.base import Dictionary, Width
 from dictlearn.dictionaries.configs import KSparseConfig
 from dictlearn.dictionaries.falling_k import falling_k
 from dictlearn.dictionaries.files import load, save
@@ -22,10 +22,10 @@ from dictlearn.testing.dictionary import DictionaryTests
 class TestKSparse(DictionaryTests):
     transcodes = False
 
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> KSparse:
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> KSparse:
         return KSparse(KSparseConfig(**{"d_sae": 24, "k": 4} | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {
             "scaled": {},
             "raw": {"scaling": "none"},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.base import Dictionary, Width
 from dictlearn.dictionaries.batch_topk import BatchTopK
 from dictlearn.dictionaries.configs import BatchTopKConfig, MatryoshkaConfig
 from dictlearn.dictionaries.matryoshka import Matryoshka
@@ -21,11 +21,11 @@ from tests.dictionaries import test_batch_topk
 
 
 class TestMatryoshka(test_batch_topk.TestBatchTopK):
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> Matryoshka:
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> Matryoshka:
         defaults = {"d_sae": 24, "k": 4, "dead_after_rows": 1000, "group_sizes": (3, 5, 16)}
         return Matryoshka(MatryoshkaConfig(**defaults | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {
             "mean_square": {},
             "per_token": {"scaling": "per_token"},

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.base import Dictionary, Update
+from dictlearn.dictionaries.base import Dictionary, Update, Width
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.start import geometric_median
 from dictlearn.dictionaries.topk import TopK
@@ -21,10 +21,10 @@ from tests.dictionaries.two_matrices import SCALINGS, TwoMatricesTests, scaled_s
 
 
 class TestTopK(TwoMatricesTests):
-    def make(self, d_in: int, d_out: int | None, **numbers: Any) -> TopK:
+    def make(self, d_in: Width, d_out: Width | None, **numbers: Any) -> TopK:
         return TopK(TopKConfig(**{"d_sae": 24, "k": 4, "dead_after_rows": 1000} | numbers), d_in, d_out)
 
-    def variants(self) -> dict[str, Callable[[int, int | None], Dictionary]]:
+    def variants(self) -> dict[str, Callable[[Width, Width | None], Dictionary]]:
         versions: dict[str, dict[str, Any]] = {name: {"scaling": name} for name in SCALINGS}
         versions["every latent active"] = {"k": 24}
         versions["Multi-TopK, resampled, falling k"] = {

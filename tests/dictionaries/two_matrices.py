@@ -33,6 +33,8 @@ def scaled_slowly(dictionary: Dictionary, x: Tensor, target: Tensor | None) -> t
 class TwoMatricesTests(DictionaryTests):
     """Dictionaries of 24 latents."""
 
+    several_hooks = True
+
     def redrawn(
         self, transcoder: bool, dead: list[int], **update: Any
     ) -> tuple[Dictionary, Dictionary, Update, dict[str, float]]:
