@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from activation_store.aligned import AlignedLoader, AlignedStores
+    from activation_store.aligned import AlignedStores
     from activation_store.errors import UserError
     from activation_store.filters import RowFilter
     from activation_store.loader import Loader
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from activation_store.writer import StoreWriter
 
 _HOMES = {
-    "AlignedLoader": "aligned",
     "AlignedStores": "aligned",
     "UserError": "errors",
     "RowFilter": "filters",
@@ -46,7 +45,6 @@ _HOMES = {
 
 __all__ = [
     "ActivationSource",
-    "AlignedLoader",
     "AlignedStores",
     "DocumentRows",
     "Geometry",

@@ -12,12 +12,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from activation_store.errors import UserError
-from activation_store.loader import Loader
 from activation_store.spec import DOCUMENTS, POSITIONS, TOKEN_IDS, UNKNOWN, ArraySpec, HookSpec
 from activation_store.store import HookStatistics, Store
 
@@ -50,12 +48,11 @@ class AlignedStores(Store):
         """The store whose hooks have their own names."""
         return next(iter(self.stores.values()))
 
-    def home(self, name: str) -> tuple[Store, str]:
-        """The store that holds a hook, and what it is called there.
+    @property
+    def together(self) -> list[Store]:
+        return list(self.stores.values())
 
-        Raises:
-            UserError: there is no such hook.
-        """
+    def home(self, name: str) -> tuple[Store, str]:
         prefix, separator, hook = name.partition(SEPARATOR)
         others = [other for other in self.stores if other != self.first.name]
         if separator and prefix in others:
@@ -74,7 +71,7 @@ class AlignedStores(Store):
     def hooks(self) -> dict[str, HookSpec]:
         """The hooks of all stores by the names they have here."""
         named = dict(self.first.hooks)
-        for other in list(self.stores.values())[1:]:
+        for other in self.together[1:]:
             for hook in other.hooks.values():
                 name = f"{other.name}{SEPARATOR}{hook.name}"
                 named[name] = dataclasses.replace(hook, name=name)
@@ -131,33 +128,6 @@ class AlignedStores(Store):
 
     def _take(self, array: ArraySpec, indices: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         return self.first._take(array, indices, out)
-
-
-class AlignedLoader(Loader):
-    """A `Loader` of the hooks of several stores, in lockstep: row i of each is the same token.
-
-    Args:
-        stores: opened stores of the same rows; see `check_aligned`.
-        hooks: names; ``STORE:HOOK`` for those of another store than the first.
-        batch_size, asked: as for a `Loader`. A filter by norm looks at each of the hooks in its own store.
-
-    Raises:
-        UserError: as a `Loader`, and the stores do not hold the same rows, or are to be followed.
-    """
-
-    store: AlignedStores
-
-    def __init__(self, stores: Sequence[Store], hooks: Sequence[str], batch_size: int, **asked: Any):
-        if asked.get("follow"):
-            raise UserError(
-                f"The stores {_names(stores)} are read together, and stores that are read together cannot be "
-                "followed; wait until their harvests are complete."
-            )
-        super().__init__(AlignedStores(stores), hooks, batch_size, **asked)
-
-    def _identity(self) -> dict[str, Any]:
-        others = {store.name: store.fingerprint for store in list(self.store.stores.values())[1:]}
-        return super()._identity() | {"aligned_stores": others}
 
 
 # --- whether rows are the same ----------------------------------------------------------------------------------------
@@ -261,7 +231,3 @@ def _not_aligned(first: Store, other: Store, difference: str) -> UserError:
         f"Stores {first.name} and {other.name} do not hold the same rows: {difference}. Harvest both from the same "
         "corpus, with the same tokenizer, context, number of tokens and seed."
     )
-
-
-def _names(stores: Sequence[Store]) -> str:
-    return ", ".join(store.name for store in stores)

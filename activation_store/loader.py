@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -92,6 +92,11 @@ class Loader(BatchSource):
         follow: bool = False,
         patience: float = 600.0,
     ):
+        if follow and len(store.together) > 1:
+            raise UserError(
+                f"The stores {', '.join(each.name for each in store.together)} are read together, and stores that are "
+                "read together cannot be followed; wait until their harvests are complete."
+            )
         if isinstance(hooks, str):
             raise ValueError(f"hooks is a list of names: [{hooks!r}]")
         names = list(dict.fromkeys(store.hook(name).name for name in hooks))
@@ -129,6 +134,10 @@ class Loader(BatchSource):
         self._disk_waits = 0
         self.refuse_too_few_rows(f"Store {store.location}")
         self._reserve()
+
+    def _identity(self) -> dict[str, Any]:
+        aligned = {store.name: store.fingerprint for store in self.store.together[1:]}
+        return super()._identity() | ({"aligned_stores": aligned} if aligned else {})
 
     @property
     def manifest(self) -> Manifest:

@@ -219,6 +219,19 @@ class Store:
             )
         return self.hooks[name]
 
+    @property
+    def together(self) -> list[Store]:
+        """The stores whose hooks are here: this one, or all that `activation_store.aligned` has put side by side."""
+        return [self]
+
+    def home(self, name: str) -> tuple[Store, str]:
+        """The store that holds a hook, and what it is called there.
+
+        Raises:
+            UserError: there is no such hook.
+        """
+        return self, self.hook(name).name
+
     def d(self, hook: str) -> int:
         """Values in one row of a hook: d, or heads times d_head."""
         return self.hook(hook).d

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import activation_store.aligned as aligned
-from activation_store.aligned import AlignedLoader, AlignedStores, check_aligned
+from activation_store.aligned import AlignedStores, check_aligned
 from activation_store.bfloat16 import as_float32
 from activation_store.errors import UserError
 from activation_store.filters import RowFilter
@@ -69,7 +69,7 @@ def expected(rows):
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_hooks_of_all_stores_come_in_lockstep(base, tuned, prefetch):
-    loader = AlignedLoader([base, tuned], [TUNED, HOOK], 16, epochs=2, prefetch=prefetch)
+    loader = Loader(AlignedStores([base, tuned]), [TUNED, HOOK], 16, epochs=2, prefetch=prefetch)
     batches = 0
     for batch in loader:
         batches += 1
@@ -82,7 +82,7 @@ def test_hooks_of_all_stores_come_in_lockstep(base, tuned, prefetch):
 
 def test_rows_come_in_the_order_of_the_first_store_alone(base, tuned):
     asked = dict(epochs=1, seed=5, buffer_rows=64, split="held-out")
-    together = AlignedLoader([base, tuned], [HOOK, TUNED], 8, **asked)
+    together = Loader(AlignedStores([base, tuned]), [HOOK, TUNED], 8, **asked)
     alone = Loader(base, [HOOK], 8, **asked)
     assert together.manifest is base.manifest and together.rows == alone.rows == 75
     for one, other in zip(together, alone, strict=True):
@@ -111,10 +111,10 @@ def test_batches_are_rows_of_their_own_stores_whatever_the_stores_are_like(fast_
         epochs=2,
     )
     batch_size = data.draw(st.integers(1, made.plan.rows))
-    loader = AlignedLoader(stores, hooks, batch_size, **asked)
+    loader = Loader(AlignedStores(stores), hooks, batch_size, **asked)
     whole = list(Loader(stores[0], list(stores[0].hooks)[:1], batch_size, **asked).rows_from(0, 0))
     begin = data.draw(st.integers(0, len(whole) - 1))
-    before = AlignedLoader(stores, hooks, batch_size, **asked)
+    before = Loader(AlignedStores(stores), hooks, batch_size, **asked)
     for _ in itertools.islice(before, begin):
         pass
     loader.load_state_dict(before.state_dict())
@@ -130,19 +130,21 @@ def test_batches_are_rows_of_their_own_stores_whatever_the_stores_are_like(fast_
 
 
 def test_resumes_at_the_exact_next_batch_from_every_position(base, tuned):
-    assert_resumes_everywhere(lambda: AlignedLoader([base, tuned], [HOOK, TUNED], 32, epochs=2, buffer_rows=64))
+    assert_resumes_everywhere(lambda: Loader(AlignedStores([base, tuned]), [HOOK, TUNED], 32, epochs=2, buffer_rows=64))
 
 
 def test_a_position_belongs_to_the_stores_it_was_taken_in(base, tuned, fast_folder):
-    state = AlignedLoader([base, tuned], [HOOK, TUNED], 32).state_dict()
+    state = Loader(AlignedStores([base, tuned]), [HOOK, TUNED], 32).state_dict()
     other = written(fast_folder / "elsewhere" / "tuned", 2000)
     with pytest.raises(UserError, match=r"cannot continue where it was: aligned_stores was \{'tuned': 'sha256:"):
-        AlignedLoader([base, other], [HOOK, TUNED], 32).load_state_dict(state)
+        Loader(AlignedStores([base, other]), [HOOK, TUNED], 32).load_state_dict(state)
 
 
 def test_a_row_is_filtered_by_its_norm_in_each_of_the_stores(base, fast_folder):
     tuned = written(fast_folder / "tuned", np.where(np.arange(ROWS) % 10, 1, 50)[:, None])
-    loader = AlignedLoader([base, tuned], [HOOK, TUNED], 8, row_filter=RowFilter(max_norm_ratio=1.5), split="all")
+    loader = Loader(
+        AlignedStores([base, tuned]), [HOOK, TUNED], 8, row_filter=RowFilter(max_norm_ratio=1.5), split="all"
+    )
     norms = [store.norms(HOOK, 0, ROWS) for store in (base, tuned)]
     short = [of_store <= 1.5 * np.sort(of_store)[(ROWS - 1) // 2] for of_store in norms]
     assert loader.rows == (short[0] & short[1]).sum() < min(short[0].sum(), short[1].sum())
@@ -232,19 +234,19 @@ def test_names_that_would_be_mistaken_are_refused(base, tuned, fast_folder):
 
 def test_a_hook_that_is_not_there_is_refused_by_the_store_that_should_have_it(base, tuned):
     with pytest.raises(UserError, match=r"tuned has hooks blocks.1.hook_resid_post; blocks.9 is not among them"):
-        AlignedLoader([base, tuned], ["tuned:blocks.9"], 8)
+        Loader(AlignedStores([base, tuned]), ["tuned:blocks.9"], 8)
     with pytest.raises(UserError, match=r"base has hooks blocks.1.hook_resid_post; blocks.9 is not among them"):
-        AlignedLoader([base, tuned], ["blocks.9"], 8)
+        Loader(AlignedStores([base, tuned]), ["blocks.9"], 8)
     with pytest.raises(UserError, match=r"a hook of the store 'turned', and the stores aligned with base are tuned;"):
-        AlignedLoader([base, tuned], [f"turned:{HOOK}"], 8)
+        Loader(AlignedStores([base, tuned]), [f"turned:{HOOK}"], 8)
 
 
 def test_stores_read_together_are_not_followed(base, tuned):
     with pytest.raises(UserError, match="The stores base, tuned are read together, and .* cannot be followed"):
-        AlignedLoader([base, tuned], [HOOK], 8, follow=True)
+        Loader(AlignedStores([base, tuned]), [HOOK], 8, follow=True)
 
 
 def test_a_store_alone_is_aligned_with_itself(base):
     alone = Loader(base, [HOOK], 8, epochs=1)
-    for one, other in zip(AlignedLoader([base], [HOOK], 8, epochs=1), alone, strict=True):
+    for one, other in zip(Loader(AlignedStores([base]), [HOOK], 8, epochs=1), alone, strict=True):
         assert torch.equal(one[HOOK], other[HOOK])
