@@ -16,13 +16,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activation_store.errors import UserError
 from activation_store.ownership import is_owned
 from activation_store.place import is_url
+
+if TYPE_CHECKING:
+    from activation_store.store import Store
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -140,6 +144,18 @@ class Workspace:
             return name
         make = "Harvest one with `dictlearn harvest`."
         return str(self._existing(self.store(name), "store", name, self.stores(), make))
+
+    def open_store(self, name: str, aligned: Sequence[str] = (), verify_reads: bool = False) -> Store:
+        """The store called ``name``; with the hooks of stores ``aligned`` with it, which are called STORE:HOOK.
+
+        Raises:
+            UserError: no such store, or stores that do not hold the same rows.
+        """
+        from activation_store.aligned import AlignedStores
+        from activation_store.store import open_store
+
+        stores = [open_store(self.existing_store(each), verify_reads=verify_reads) for each in (name, *aligned)]
+        return AlignedStores(stores) if aligned else stores[0]
 
     def existing_run(self, name: str) -> RunFiles:
         """Raises UserError naming the runs there are."""

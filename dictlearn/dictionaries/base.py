@@ -109,6 +109,9 @@ class Dictionary(nn.Module):
     """Parameters and buffers with a row for each latent, of kinds whose loss reaches the latents through
     `dictlearn.ops` alone: processes may then hold a part of the latents each. Empty for kinds that cannot be split."""
 
+    causal: ClassVar[bool] = False
+    """Whether each hook that is rebuilt needs the inputs up to its own place alone; there is `rebuild_part` then."""
+
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
@@ -167,6 +170,10 @@ class Dictionary(nn.Module):
         """Called after the optimiser's step: reset or resample latents. Returns numbers worth logging."""
         self.constrain()
         return {}
+
+    def rebuild_part(self, parts: Sequence[Tensor], part: int) -> Tensor:
+        """(B, width) what a causal kind makes of one hook, raw, from the raw inputs ``parts`` 0 to ``part``."""
+        raise NotImplementedError
 
     # --- shared -----------------------------------------------------------------------------------------------------
 

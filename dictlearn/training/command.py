@@ -11,8 +11,9 @@ from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
 from activation_store.seeds import derive_seed
+from dictlearn.dictionaries.configs import check_hooks
 from dictlearn.training.configs import TrainConfig
-from dictlearn.training.memory import estimate
+from dictlearn.training.memory import Widths, estimate, parameters
 from dictlearn.training.records import check_writers
 from dictlearn.workspace import RunFiles, Workspace
 
@@ -56,8 +57,6 @@ def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
         UserError: an unknown store or hook, widths that cannot be, a name in use by a different run, settings that
             runs of one group cannot differ in.
     """
-    from activation_store.store import open_store
-
     first = configs[0]
     for config in configs[1:]:
         for name in TrainConfig.SHARED:
@@ -68,7 +67,9 @@ def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
                 )
         if config.seed_of_order != first.seed_of_order:
             raise UserError(f"{config.name!r} and {first.name!r} differ in order_seed; give one for all.")
-    store = open_store(workspace.existing_store(first.store), verify_reads=first.verify_reads)
+    if first.aligned_stores and first.follow:
+        raise UserError("follow is for one growing store; leave it out, or leave aligned_stores out.")
+    store = workspace.open_store(first.store, first.aligned_stores, first.verify_reads)
     controls, widths = [], []
     for config in configs:
         widths.append(_check_widths(config, store))
@@ -83,36 +84,32 @@ def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
     steps = rows // first.batch_size if first.steps is None else first.steps
     if steps < 1:
         raise UserError(f"steps is {steps}; it must be at least 1.")
-    parameters = sum(
-        config.dictionary.d_sae * (d_in + d_out + 1) + d_out
-        for config, (d_in, d_out) in zip(configs, widths, strict=True)
-    )
+    learned = sum(parameters(config.dictionary, of_run) for config, of_run in zip(configs, widths, strict=True))
     memory = estimate(configs, widths).total + 4 * first.buffer_rows * sum(loader.d(hook) for hook in loader.hooks)
     passes = steps * first.batch_size / rows
-    return Checked(loader, controls, TrainPlan(rows, steps, passes, parameters, memory, str(mixing), mixing.well_mixed))
+    return Checked(loader, controls, TrainPlan(rows, steps, passes, learned, memory, str(mixing), mixing.well_mixed))
 
 
-def _check_widths(config: TrainConfig[Any], store: Store) -> tuple[int, int]:
-    """(d_in, d_out); refuses what no dictionary or optimiser could be."""
-    d_in = _width(store, config.hook)
-    d_out = d_in if config.target_hook is None else _width(store, config.target_hook)
-    if config.target_hook == config.hook:
+def _check_widths(config: TrainConfig[Any], store: Store) -> Widths:
+    """Refuses what no dictionary or optimiser could be."""
+    for name, hooks in (("hook", config.hooks), ("target_hook", config.hooks_rebuilt)):
+        if not hooks or len(set(hooks)) < len(hooks):
+            raise UserError(f"{name} is {', '.join(hooks) or 'empty'}; name at least one hook, and each of them once.")
+    if config.target_hooks == config.hooks:
         raise UserError(f"target_hook is {config.hook!r}, the same as hook; leave it out to train an autoencoder.")
-    if config.target_hook is not None and not getattr(config.dictionary, "transcodes", True):
-        raise UserError(
-            f"A dictionary of kind {config.dictionary.kind!r} rebuilds its own input and has no target hook; leave "
-            "target_hook out, or use topk."
-        )
-    config.dictionary.check(d_in, d_out)
+    widths = [_width(store, hook) for hook in config.hooks], [_width(store, hook) for hook in config.hooks_rebuilt]
+    check_hooks(config.dictionary, widths[0], None if config.target_hooks is None else widths[1])
     config.optimiser.check()
-    return d_in, d_out
+    return widths
 
 
 def _control(config: TrainConfig[Any], store: Store, workspace: Workspace) -> Store:
-    from activation_store.store import open_store
-
-    control = store if config.control_store is None else open_store(workspace.existing_store(config.control_store))
-    if _width(control, config.hook) != store.d(config.hook) or _model(control) != _model(store):
+    if config.control_store is None:
+        return store
+    if config.aligned_stores:
+        raise UserError("control_store is of one model and aligned_stores of several; leave control_store out.")
+    control = workspace.open_store(config.control_store)
+    if any(_width(control, hook) != store.d(hook) for hook in config.hooks) or _model(control) != _model(store):
         raise UserError(
             f"The control store {config.control_store!r} was not made by the model of {config.store!r}; name a "
             "store of the same model that holds the same hook."
@@ -121,9 +118,9 @@ def _control(config: TrainConfig[Any], store: Store, workspace: Workspace) -> St
 
 
 def open_loader(configs: Sequence[TrainConfig[Any]], store: Store) -> Loader:
-    """The training rows of a store, with the hooks of all runs, in the order that the first run's seed says."""
+    """The training rows, with the hooks of all runs, in the order that the first run's seed says."""
     first = configs[0]
-    hooks = [hook for config in configs for hook in (config.hook, config.target_hook) if hook is not None]
+    hooks = [hook for config in configs for hook in config.hooks + config.hooks_rebuilt]
     return Loader(
         store,
         hooks,

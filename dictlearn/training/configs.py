@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+from tyro.conf import arg
 
 from activation_store.errors import UserError
 from activation_store.filters import RowFilter
 from dictlearn.training.optimiser_config import OptimiserConfig
 
 DictionaryConfig = TypeVar("DictionaryConfig")
+Hooks = Annotated[str | tuple[str, ...], arg(metavar="HOOK [HOOK ...]")]
+TargetHooks = Annotated[str | tuple[str, ...] | None, arg(metavar="HOOK [HOOK ...]")]
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,12 @@ class TrainConfig(Generic[DictionaryConfig]):
     """Name of the run; it becomes a folder in the workspace."""
     store: str
     """Name or path of the activation store."""
-    hook: str
-    """Hook whose activation is encoded, such as blocks.2.hook_resid_post."""
+    hook: Hooks
+    """Hook whose activation is encoded, such as blocks.2.hook_resid_post; several are encoded side by side."""
     dictionary: DictionaryConfig
     """The dictionary and its numbers."""
-    target_hook: str | None = None
-    """Hook to predict; a transcoder when given, an autoencoder of `hook` when not."""
+    target_hook: TargetHooks = None
+    """Hook to predict, or several; a transcoder when given, an autoencoder of `hook` when not."""
     control_store: str | None = None
     """Store whose mean and covariance centre and whiten the activations; `store` itself when not given."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -43,6 +47,8 @@ class TrainConfig(Generic[DictionaryConfig]):
     """Steps to take; one pass over the training rows when not given."""
     buffer_rows: int = 262_144
     """Rows in the mixing buffer that batches are drawn from."""
+    aligned_stores: tuple[str, ...] = ()
+    """Stores of the same rows made by other models; their hooks are called STORE:HOOK, for crosscoders."""
     row_filter: RowFilter = field(default_factory=RowFilter)
     """Rows to train on, of the store's training documents."""
     follow: bool = False
@@ -78,10 +84,32 @@ class TrainConfig(Generic[DictionaryConfig]):
     )
     """What a run may be continued with another value of: nothing of it decides what is learned."""
     SHARED: ClassVar[tuple[str, ...]] = (
-        *("store", "batch_size", "steps", "buffer_rows", "row_filter", "follow", "verify_reads", "log_every"),
+        *("store", "aligned_stores", "batch_size", "steps", "buffer_rows", "row_filter", "follow", "verify_reads"),
+        "log_every",
         *("checkpoint_every", "keep_checkpoints", "tensorboard", "wandb", "device", "latent_parts", "ops"),
     )
     """What all runs that read the same batches have in common, besides the order of rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("hook", "target_hook"):
+            hooks = getattr(self, name)
+            if hooks is not None and not isinstance(hooks, str):  # a list, where it was read from a file
+                object.__setattr__(self, name, hooks[0] if len(hooks) == 1 else tuple(hooks))
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that are encoded."""
+        return (self.hook,) if isinstance(self.hook, str) else self.hook
+
+    @property
+    def target_hooks(self) -> tuple[str, ...] | None:
+        """The hooks that are predicted; None for an autoencoder."""
+        return (self.target_hook,) if isinstance(self.target_hook, str) else self.target_hook
+
+    @property
+    def hooks_rebuilt(self) -> tuple[str, ...]:
+        """The hooks that the output is compared with."""
+        return self.target_hooks or self.hooks
 
     @property
     def seed_of_order(self) -> int:

@@ -27,16 +27,17 @@ from activation_store.source import ActivationSource
 from activation_store.store import Store
 from dictlearn import ops
 from dictlearn.dictionaries import dictionary_class
-from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary
 from dictlearn.dictionaries.files import save
 from dictlearn.training.checkpoint import Checkpoints, Progressed, put_back
 from dictlearn.training.configs import TrainConfig, config_from_yaml, config_to_dict
+from dictlearn.training.control import SideBySide
 from dictlearn.training.interruption import Interruption, TrainingInterrupted
 from dictlearn.training.memory import estimate, what_to_lower
 from dictlearn.training.optimisers import Average, Optimiser
 from dictlearn.training.parallel import Processes, keep_latents
 from dictlearn.training.records import Record, open_record
-from dictlearn.training.step import Member, NotFinite, Step
+from dictlearn.training.step import Member, NotFinite, Step, side_by_side
 from dictlearn.training.together import Together
 from dictlearn.workspace import RunFiles
 
@@ -120,7 +121,7 @@ def train(
                     going = [number for number, member in enumerate(members) if member.stopped is None]
                     results = together.take_step(
                         [members[number].member for number in going],
-                        [(runs[number].config.hook, runs[number].config.target_hook) for number in going],
+                        [(runs[number].config.hooks, runs[number].config.target_hooks) for number in going],
                         rows,
                         step,
                         steps,
@@ -208,11 +209,10 @@ def build(run: Run, first: dict[str, Tensor], loader: ActivationSource, processe
     config = run.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "dictionary") % 2**63)
     dictionary = empty(config, loader)
-    dictionary.provenance = provenance(config, loader)
+    dictionary.provenance = provenance(run, loader)
+    target = None if config.target_hooks is None else side_by_side(first, config.target_hooks)
     with ops.one_process():  # every process initialises the whole dictionary
-        dictionary.initialise(
-            first[config.hook], first.get(config.target_hook or ""), generator, run.control.statistics(config.hook)
-        )
+        dictionary.initialise(side_by_side(first, config.hooks), target, generator, control_statistics(run))
     rows = processes.rows_of(dictionary.d_sae)
     keep_latents(dictionary, rows)
     dictionary.to(processes.device)
@@ -233,8 +233,15 @@ def build(run: Run, first: dict[str, Tensor], loader: ActivationSource, processe
 
 def empty(config: TrainConfig[Any], loader: ActivationSource) -> Dictionary:
     """The dictionary with nothing in it yet."""
-    d_out = None if config.target_hook is None else loader.d(config.target_hook)
-    return dictionary_class(config.dictionary.kind)(config.dictionary, loader.d(config.hook), d_out)
+    widths_in = [loader.d(hook) for hook in config.hooks]
+    widths_out = None if config.target_hooks is None else [loader.d(hook) for hook in config.target_hooks]
+    return dictionary_class(config.dictionary.kind)(config.dictionary, widths_in, widths_out)
+
+
+def control_statistics(run: Run) -> ControlStatistics:
+    """Of the hooks that are encoded; of several hooks, each is centred and whitened by itself."""
+    found = [run.control.statistics(hook) for hook in run.config.hooks]
+    return found[0] if len(found) == 1 else SideBySide(found)
 
 
 def precision(config: TrainConfig[Any]) -> str:
@@ -244,17 +251,26 @@ def precision(config: TrainConfig[Any]) -> str:
     return "bfloat16" if config.device.startswith("cuda") else "float32"
 
 
-def provenance(config: TrainConfig[Any], loader: ActivationSource) -> dict[str, Any]:
+def provenance(run: Run, loader: ActivationSource) -> dict[str, Any]:
     """What the dictionary was made from, kept beside its weights."""
-    manifest = loader.manifest
+    config, manifest = run.config, loader.manifest
+    aligned = [
+        {"name": name, "fingerprint": store.fingerprint, "model": store.provenance["model"]}
+        for name, store in zip(config.aligned_stores, aligned_stores(run), strict=True)
+    ]
     return {
         "hook_in": config.hook,
         "hook_out": config.target_hook or config.hook,
         "model": manifest.provenance["model"],
         "bos_left_out": manifest.batches.get("bos_token_id") is not None,
         "store": {"name": config.store, "fingerprint": manifest.fingerprint},
+        **({"aligned_stores": aligned} if aligned else {}),
         "seed": config.seed,
     }
+
+
+def aligned_stores(run: Run) -> list[Store]:
+    return run.control.together[1:] if run.config.aligned_stores and isinstance(run.control, Store) else []
 
 
 def first_rows(loader: ActivationSource, count: int) -> dict[str, Tensor]:
@@ -329,7 +345,7 @@ def measured(
             runs[number].config,
             members[number].member.dictionary,
             result,
-            rows[runs[number].config.target_hook or runs[number].config.hook],
+            side_by_side(rows, runs[number].config.hooks_rebuilt),
             step,
         )
         for number, result in found.items()
@@ -368,7 +384,10 @@ def explained(runs: Sequence[Run], loader: ActivationSource, processes: Processe
         reason = str(error)
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         if on_gpu or "can't allocate memory" in reason:
-            widths = [(loader.d(config.hook), loader.d(config.target_hook or config.hook)) for config in configs]
+            widths = [
+                ([loader.d(hook) for hook in config.hooks], [loader.d(hook) for hook in config.hooks_rebuilt])
+                for config in configs
+            ]
             there = torch.cuda.mem_get_info()[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             lower = what_to_lower(estimate(configs, widths), there, configs[0].batch_size)
             raise UserError(f"There is not enough memory: {lower}") from error
@@ -403,8 +422,9 @@ def finish(
 
 def assembled(run: Run, one: Progressed, checkpoints: Checkpoints) -> Member:
     """A member with the latents of all processes, from the checkpoint that they have just written."""
-    d_out = None if run.config.target_hook is None else one.member.dictionary.d_out
-    dictionary = dictionary_class(run.config.dictionary.kind)(run.config.dictionary, one.member.dictionary.d_in, d_out)
+    part = one.member.dictionary
+    widths_out = None if part.autoencoder else part.output_parts
+    dictionary = dictionary_class(run.config.dictionary.kind)(run.config.dictionary, part.input_parts, widths_out)
     dictionary.provenance = one.member.dictionary.provenance
     averaging = run.config.optimiser.averaging
     member = Member(

@@ -30,21 +30,33 @@ class Memory:
         return self.fixed + self.per_row * self.rows
 
 
-def estimate(configs: Sequence[TrainConfig[Any]], widths: Sequence[tuple[int, int]]) -> Memory:
+Widths = tuple[Sequence[int], Sequence[int]]
+"""Of the hooks that a dictionary encodes, and of those that it rebuilds."""
+
+
+def parameters(config: Any, widths: Widths) -> int:
+    """Numbers that a dictionary of this config learns; a kind of another form than two matrices says so itself."""
+    if hasattr(config, "parameters"):
+        return config.parameters(*widths)
+    d_in, d_out = map(sum, widths)
+    return config.d_sae * (d_in + d_out + 1) + d_out
+
+
+def estimate(configs: Sequence[TrainConfig[Any]], widths: Sequence[Widths]) -> Memory:
     """Of runs that train together: weights, gradients, two moments and an average; batches; pairs and outputs.
 
     The mixing buffer is not in it: it is the page cache, or counted by the store. Nor are AuxK's products, which grow
     with the number of dead latents (12 bytes for each row and dead latent).
 
     Args:
-        widths: (d_in, d_out) of each run.
+        widths: of each run.
     """
     fixed = per_row = 0
-    for config, (d_in, d_out) in zip(configs, widths, strict=True):
-        parameters = config.dictionary.d_sae * (d_in + d_out + 1) + d_out
+    for config, of_run in zip(configs, widths, strict=True):
+        d_in, d_out = map(sum, of_run)
         copies = 4 + (config.optimiser.averaging > 0)
         on_cpu = not config.device.startswith("cuda")
-        fixed += FLOAT * (copies * parameters + (CPU_BUFFER if on_cpu else 0))
+        fixed += FLOAT * (copies * parameters(config.dictionary, of_run) + (CPU_BUFFER if on_cpu else 0))
         pairs = getattr(config.dictionary, "k", 32) * (2 * FLOAT + 2 * 8)
         dense = 0 if on_cpu else GPU_PRE_ACTIVATIONS * FLOAT * config.dictionary.d_sae
         per_row += FLOAT * (3 * d_in + 6 * d_out) + pairs + dense

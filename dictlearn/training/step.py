@@ -9,6 +9,7 @@ pass, and norms summed, where there is more than one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,6 +72,11 @@ class NotFinite(Exception):
         super().__init__(terms)
         self.terms = terms
         self.rows = rows
+
+
+def side_by_side(rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
+    """(B, sum of widths) the activations of several hooks as a dictionary takes them; of one, as they are."""
+    return rows[hooks[0]] if len(hooks) == 1 else torch.cat([rows[hook] for hook in hooks], dim=1)
 
 
 def take_step(member: Member, x: Tensor, target: Tensor | None, step: int, steps: int) -> Step:

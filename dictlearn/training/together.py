@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from activation_store.freed_memory import freed_memory_kept
-from dictlearn.training.step import Member, NotFinite, Step, take_step
+from dictlearn.training.step import Member, NotFinite, Step, side_by_side, take_step
 
 
 class Together:
@@ -46,7 +46,7 @@ class Together:
     def take_step(
         self,
         members: Sequence[Member],
-        hooks: Sequence[tuple[str, str | None]],
+        hooks: Sequence[tuple[Sequence[str], Sequence[str] | None]],
         rows: Mapping[str, Tensor],
         step: int,
         steps: int,
@@ -54,12 +54,14 @@ class Together:
         """What each member's step found, in their order; every member's step is over when this returns.
 
         Args:
-            hooks: of each member, the hook it encodes and the one it predicts.
+            hooks: of each member, the hooks it encodes and those it predicts.
         """
 
-        def one(member: Member, of: tuple[str, str | None]) -> Step | NotFinite:
+        def one(member: Member, of: tuple[Sequence[str], Sequence[str] | None]) -> Step | NotFinite:
+            encoded, predicted = of
+            target = None if predicted is None else side_by_side(rows, predicted)
             try:
-                return take_step(member, rows[of[0]], None if of[1] is None else rows[of[1]], step, steps)
+                return take_step(member, side_by_side(rows, encoded), target, step, steps)
             except NotFinite as found:
                 return found
 

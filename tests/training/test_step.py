@@ -215,12 +215,12 @@ def test_the_advice_leaves_room(memory, there, sentence):
 def test_the_estimate_counts_weights_gradients_and_moments():
     config = TrainConfig(name="a", store="s", hook="h", dictionary=TopKConfig(d_sae=1000, k=10))
     one, averaged = (
-        estimate([replace(config, optimiser=OptimiserConfig(averaging=a))], [(64, 64)]) for a in (0.0, 0.9)
+        estimate([replace(config, optimiser=OptimiserConfig(averaging=a))], [((64,), (64,))]) for a in (0.0, 0.9)
     )
     parameters = 1000 * (2 * 64 + 1) + 64
     assert averaged.fixed - one.fixed == 4 * parameters
     assert one.fixed > 16 * parameters and one.rows == 4096
-    assert estimate([config, config], [(64, 64)] * 2).total == 2 * (one.fixed + one.rows * one.per_row)
+    assert estimate([config, config], [((64,), (64,))] * 2).total == 2 * (one.fixed + one.rows * one.per_row)
 
 
 def test_a_kind_without_gradients_in_its_codes_takes_steps_like_any_other():
