@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from activation_store.spec import NORM_OUTLIER_RATIO
+from dictlearn.dictionaries.description import hooks_of
 from dictlearn.terminal import bytes_in_words, print_facts, print_line, print_table
 
 if TYPE_CHECKING:
@@ -166,8 +167,12 @@ def evaluations(measured: Sequence[Evaluation]) -> None:
     title = "On held-out documents (cross-entropy and KL in nats per token)"
     print_table(title, ["", *(evaluation.run for evaluation in measured)], rows)
     for evaluation in measured:
-        hooks = dict.fromkeys([evaluation.hook_in, evaluation.hook_out])
-        print_line(f"  {evaluation.run}: {' -> '.join(hooks)}")
+        sides = dict.fromkeys(hooks_of({"hook_in": evaluation.hook_in, "hook_out": evaluation.hook_out}))
+        print_line(f"  {evaluation.run}: {' -> '.join(', '.join(side) for side in sides)}")
+        if evaluation.by_hook:
+            names = dict.fromkeys(name for numbers in evaluation.by_hook.values() for name in numbers)
+            rows = [[name, *(numbers.get(name, "") for numbers in evaluation.by_hook.values())] for name in names]
+            print_table(f"{evaluation.run}, each hook by itself", ["", *evaluation.by_hook], rows)
 
 
 def feature(page: FeaturePage) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ import tyro
 from activation_store.errors import UserError
 from activation_store.foreign import has_tokens
 from activation_store.progress import NoProgress, Progress
-from dictlearn.dictionaries.description import describe
+from dictlearn.dictionaries.description import describe, hooks_of
 from dictlearn.workspace import RunFiles, Workspace, read_json
 
 if TYPE_CHECKING:
@@ -43,18 +44,21 @@ class Evaluation:
     """Everything `dictlearn evaluate` found, as it stands in evaluation.json (densities are in the feature index).
 
     ``reconstruction`` and ``downstream`` are `dictlearn.metrics.reconstruction.Reconstruction` (without its densities)
-    and `dictlearn.metrics.downstream.Downstream` as dicts; the second is None when no tokens were asked for.
+    and `dictlearn.metrics.downstream.Downstream` as dicts; the second is None when no tokens were asked for, and for
+    dictionaries whose outputs cannot be put in place together. ``by_hook`` has, of dictionaries that rebuild several
+    hooks, each one's fvu, and for those just named what it costs to replace that hook alone.
     """
 
     run: str
     store: str
     store_fingerprint: str
     asked: dict[str, int]
-    hook_in: str
-    hook_out: str
+    hook_in: str | list[str]
+    hook_out: str | list[str]
     split: str
     reconstruction: dict[str, float]
     downstream: dict[str, float] | None
+    by_hook: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progress | None = None) -> Evaluation:
@@ -63,29 +67,33 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     Raises:
         UserError: no such run or store, a store of another model, no held-out rows.
     """
-    from activation_store.store import open_store
-
     files = workspace.existing_run(config.run)
     if not files.dictionary.exists():
         raise UserError(
             f"The run {config.run!r} has not finished training; run `dictlearn train` on it again to continue."
         )
     made_from = describe(files.dictionary)["provenance"]
-    store = open_store(workspace.existing_store(config.store or made_from["store"]["name"]))
-    model = store.manifest.provenance["model"]
-    if model["fingerprint"] != made_from["model"]["fingerprint"]:
-        raise UserError(
-            f"The store {store.name!r} was made by the model {model['name']!r}, the run {config.run!r} was "
-            f"trained on {made_from['model']['name']!r}; name a store of that model."
-        )
-    for hook in (made_from["hook_in"], made_from["hook_out"]):
+    aligned = made_from.get("aligned_stores", [])
+    if aligned and config.store is not None:
+        raise UserError(f"The run {config.run!r} is of several aligned stores; leave --store out.")
+    name = config.store or made_from["store"]["name"]
+    store = workspace.open_store(name, [other["name"] for other in aligned])
+    for each, trained_on in zip(store.together, [made_from, *aligned], strict=True):
+        model = each.manifest.provenance["model"]
+        if model["fingerprint"] != trained_on["model"]["fingerprint"]:
+            raise UserError(
+                f"The store {each.name!r} was made by the model {model['name']!r}, the run {config.run!r} was "
+                f"trained on {trained_on['model']['name']!r}; name a store of that model."
+            )
+    for hook in itertools.chain(*hooks_of(made_from)):
         if hook not in store.hooks:
             raise UserError(f"The store {store.name!r} has no hook {hook!r}, which the run {config.run!r} needs.")
     there = read_evaluation(files)
     if there is not None and (there.store_fingerprint, there.asked) == (store.fingerprint, asked(config)):
         return there
     if config.tokens:
-        _refuse_without_text_or_model(store)
+        for each in store.together:
+            _refuse_without_text_or_model(each)
     from dictlearn.metrics.evaluation import evaluate
 
     evaluation = evaluate(config, files, store, progress or NoProgress())
@@ -144,4 +152,6 @@ def read_evaluation(files: RunFiles) -> Evaluation | None:
     if not files.evaluation.exists():
         return None
     record = read_json(files.evaluation)
-    return Evaluation(**record) if {f.name for f in fields(Evaluation)} == set(record) else None
+    names = {f.name for f in fields(Evaluation)}
+    needed = {f.name for f in fields(Evaluation) if f.default_factory is MISSING}
+    return Evaluation(**record) if needed <= set(record) <= names else None

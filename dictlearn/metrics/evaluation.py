@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +15,15 @@ from torch import Tensor
 from activation_store.progress import Progress
 from activation_store.store import Store
 from dictlearn.dictionaries.base import Dictionary
+from dictlearn.dictionaries.description import hooks_of
 from dictlearn.dictionaries.files import load
 from dictlearn.metrics.command import EvaluateConfig, Evaluation, asked
-from dictlearn.metrics.downstream import Downstream, measure_downstream
+from dictlearn.metrics.downstream import Downstream, measure_downstream, measure_each_downstream
 from dictlearn.metrics.reconstruction import measure_reconstruction
 from dictlearn.workspace import RunFiles
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 SPLIT = "held-out"
 
@@ -25,36 +31,48 @@ SPLIT = "held-out"
 def evaluate(config: EvaluateConfig, files: RunFiles, store: Store, progress: Progress) -> Evaluation:
     """Reconstruction on ``config.rows`` rows, downstream loss on ``config.tokens`` tokens."""
     dictionary = load(files.dictionary)
-    hook_in, hook_out = dictionary.provenance["hook_in"], dictionary.provenance["hook_out"]
+    hooks_in, hooks_out = hooks_of(dictionary.provenance)
     with progress.task(f"evaluating {files.name}", total=config.rows, unit="rows") as task:
 
         def counted() -> Iterator[tuple[Tensor, Tensor | None]]:
-            for x, target in row_batches(store, hook_in, hook_out, config.rows, config.batch_size):
+            for x, target in row_batches(store, hooks_in, hooks_out, config.rows, config.batch_size):
                 yield x, target
                 task.advance(len(x))
 
         reconstruction = asdict(measure_reconstruction(dictionary, counted()))
     del reconstruction["density"]
+    of_parts = reconstruction.pop("fvu_of_parts")
+    by_hook: dict[str, dict[str, float]] = {}
+    if len(hooks_out) > 1:
+        by_hook = {hook: {"fvu": fvu} for hook, fvu in zip(hooks_out, of_parts, strict=True)}
     downstream = None
-    if config.tokens:
+    if config.tokens and (len(hooks_in) == len(hooks_out) == 1 or dictionary.causal):
         downstream = asdict(downstream_on_store(dictionary, store, config.tokens, progress))
+    elif config.tokens:
+        for hook, found in each_downstream_on_store(dictionary, store, config.tokens, progress).items():
+            by_hook.setdefault(hook, {}).update(asdict(found))
     return Evaluation(
         run=files.name,
         store=store.name,
         store_fingerprint=store.fingerprint,
         asked=asked(config),
-        hook_in=hook_in,
-        hook_out=hook_out,
+        hook_in=dictionary.provenance["hook_in"],
+        hook_out=dictionary.provenance["hook_out"],
         split=SPLIT,
         reconstruction=reconstruction,
         downstream=downstream,
+        by_hook=by_hook,
     )
 
 
 def row_batches(
-    store: Store, hook_in: str, hook_out: str, limit: int, batch_size: int
+    store: Store, hooks_in: Sequence[str], hooks_out: Sequence[str], limit: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Up to ``limit`` held-out rows in store order, as float32 batches."""
+    """Up to ``limit`` held-out rows in store order, as float32 batches; several hooks side by side."""
+
+    def rows(hooks: Sequence[str], first: int, last: int) -> Tensor:
+        return torch.cat([store.tensor(hook, first, last).float().flatten(1) for hook in hooks], dim=1)
+
     left = limit
     for start, stop in store.split_rows(SPLIT):
         for first in range(start, stop, batch_size):
@@ -62,19 +80,45 @@ def row_batches(
             if last <= first:
                 return
             left -= last - first
-            x = store.tensor(hook_in, first, last).float().flatten(1)
-            yield x, None if hook_out == hook_in else store.tensor(hook_out, first, last).float().flatten(1)
+            yield rows(hooks_in, first, last), None if hooks_out == hooks_in else rows(hooks_out, first, last)
 
 
 def downstream_on_store(dictionary: Dictionary, store: Store, tokens: int, progress: Progress) -> Downstream:
     """Run the store's own model on the store's own held-out text."""
+    _, hooks_out = hooks_of(dictionary.provenance)
+    mean = torch.cat([_mean(store, hook) for hook in hooks_out])
+    replaced = hooks_out if len(hooks_out) > 1 else hooks_out[0]
+    with _counted_windows(store, tokens, progress) as (windows, skip_first):
+        return measure_downstream(_model(store), dictionary, replaced, mean, windows, skip_first)
+
+
+def each_downstream_on_store(
+    dictionary: Dictionary, store: Store, tokens: int, progress: Progress
+) -> dict[str, Downstream]:
+    """Run each hook's own model on the held-out text, one hook replaced at a time."""
+    hooks_in, hooks_out = hooks_of(dictionary.provenance)
+    models = {each.name: _model(each) for each in store.together}
+    of_hooks = {hook: models[store.home(hook)[0].name] for hook in (*hooks_in, *hooks_out)}
+    means = {hook: _mean(store, hook) for hook in hooks_out}
+    with _counted_windows(store, tokens, progress) as (windows, skip_first):
+        return measure_each_downstream(of_hooks, dictionary, hooks_in, means, windows, skip_first)
+
+
+def _model(store: Store) -> TransformerBridge:
     from activation_store.harvest.language_model import load_language_model, resolve_model
 
-    record = store.manifest.provenance
-    spec = resolve_model(record["model"]["name"])
-    model = load_language_model(spec)
-    hook_out = dictionary.provenance["hook_out"]
-    mean = torch.tensor(store.statistics(hook_out).mean).float().flatten()
+    return load_language_model(resolve_model(store.manifest.provenance["model"]["name"]))
+
+
+def _mean(store: Store, hook: str) -> Tensor:
+    return torch.tensor(store.statistics(hook).mean).float().flatten()
+
+
+@contextmanager
+def _counted_windows(
+    store: Store, tokens: int, progress: Progress
+) -> Iterator[tuple[Iterator[tuple[Tensor, Tensor]], bool]]:
+    """The store's held-out text, and whether each window begins with BOS."""
     bos = store.manifest.batches["bos_token_id"]
     with progress.task("running the spliced model", total=tokens, unit="tokens") as task:
 
@@ -83,7 +127,7 @@ def downstream_on_store(dictionary: Dictionary, store: Store, tokens: int, progr
                 yield batch, real
                 task.advance(int(real.sum()))
 
-        return measure_downstream(model, dictionary, hook_out, mean, counted(), skip_first=bos is not None)
+        yield counted(), bos is not None
 
 
 def token_windows(

@@ -37,6 +37,7 @@ class Reconstruction:
         dead_share: share of latents that fired in none of the rows.
         rare_share: share that fired in fewer than one row in 100,000, where `rows` is large enough to tell.
         density: (S,) share of rows in which each latent fired.
+        fvu_of_parts: fvu of each hook, where the output is several side by side: pooled, the largest hook decides.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Reconstruction:
     dead_share: float
     rare_share: float
     density: np.ndarray
+    fvu_of_parts: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -110,4 +112,12 @@ def measure_reconstruction(
         dead_share=float((fired_S == 0).double().mean()),
         rare_share=float((fired_S < rows * 1e-5).double().mean()),
         density=(fired_S.double() / rows).numpy(),
+        fvu_of_parts=tuple(
+            float(error.sum() / spread.sum())
+            for error, spread in zip(
+                sums["error squared"].split(dictionary.output_parts),
+                deviation.split(dictionary.output_parts),
+                strict=True,
+            )
+        ),
     )
