@@ -110,7 +110,7 @@ def harvest(args: list[str]) -> None:
 
 
 def train(args: list[str]) -> None:
-    from dictlearn.dictionaries import CONFIGS, config_class
+    from dictlearn.dictionaries import config_class, kinds
     from dictlearn.sweep import is_sweep
     from dictlearn.training.command import check, run_train
     from dictlearn.training.configs import TrainConfig, config_from_yaml
@@ -124,7 +124,7 @@ def train(args: list[str]) -> None:
     about = (
         "Fit one dictionary to a store's training documents, or many that read each batch once. Name a CONFIG.yaml "
         "first, options after it override; or give everything by options, beginning with --kind, one of "
-        f"{', '.join(CONFIGS)} (topk when not given). A SWEEP.yaml, which has a grid or a list, trains all its runs "
+        f"{', '.join(kinds())} (topk when not given). A SWEEP.yaml, which has a grid or a list, trains all its runs "
         "together (docs/training.md)."
     )
     call = parse("train", TrainConfig[config_class(kind)], args, default, about)  # type: ignore[misc]

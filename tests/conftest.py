@@ -35,6 +35,9 @@ CAPABILITIES = {
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
+collect_ignore = ["example_package"]
+"""A package of its own: `test_third_party` installs it and runs its tests."""
+
 heavy_tests_left_out = pytest.StashKey[int]()
 
 

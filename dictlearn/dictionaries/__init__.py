@@ -1,18 +1,19 @@
 """The kinds of dictionary, by name. A new one is a file, a config, and one line in `REGISTRY`.
 
-A third party registers a `Dictionary` subclass under the entry point group ``dictlearn.dictionaries``.
+Other packages bring kinds of their own as entry points: `dictlearn.dictionaries.third_party`.
 """
 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from activation_store.errors import UserError
+from dictlearn.dictionaries import third_party
 from dictlearn.dictionaries.configs import (
     AbsTopKConfig,
     BatchTopKConfig,
+    CrosscoderConfig,
     GatedConfig,
     ICFLConfig,
     JumpReLUConfig,
@@ -34,6 +35,7 @@ REGISTRY = {
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
     "gated": "dictlearn.dictionaries.gated:Gated",
+    "crosscoder": "dictlearn.dictionaries.crosscoder:Crosscoder",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
@@ -47,20 +49,38 @@ CONFIGS = {
         ReLUConfig,
         JumpReLUConfig,
         GatedConfig,
+        CrosscoderConfig,
         ICFLConfig,
     )
 }
 
 
+def kinds() -> list[str]:
+    """Every kind there is: the built-in ones, then those that installed packages bring. Imports none of them."""
+    return list(dict.fromkeys([*REGISTRY, *third_party.kinds_brought()]))
+
+
 def config_class(kind: str) -> type:
-    """The config of a kind; torch-free for the built-in ones. Raises UserError naming the kinds there are."""
-    return CONFIGS[kind] if kind in CONFIGS else dictionary_class(kind).Config
+    """The config of a kind; torch-free for the built-in ones. Raises UserError as `dictionary_class` does."""
+    if kind in CONFIGS:
+        third_party.refuse_built_in(kind)
+        return CONFIGS[kind]
+    return dictionary_class(kind).Config
 
 
 def dictionary_class(kind: str) -> type[Dictionary]:
-    """The class of a kind; imports torch. Raises UserError naming the kinds there are."""
-    known = REGISTRY | {point.name: point.value for point in entry_points(group="dictlearn.dictionaries")}
-    if kind not in known:
-        raise UserError(f"There is no dictionary of kind {kind!r}; the kinds are {', '.join(sorted(known))}.")
-    module, name = known[kind].split(":")
-    return getattr(importlib.import_module(module), name)
+    """The class of a kind; imports torch.
+
+    Raises:
+        UserError: no such kind, naming those there are; a package that brings it is broken, or brings one of another's.
+    """
+    if kind in REGISTRY:
+        third_party.refuse_built_in(kind)
+        module, name = REGISTRY[kind].split(":")
+        return getattr(importlib.import_module(module), name)
+    if kind not in kinds():
+        raise UserError(
+            f"There is no dictionary of kind {kind!r}; the kinds are {', '.join(sorted(kinds()))}. If another package "
+            "brings it, install that."
+        )
+    return third_party.class_brought(kind)
