@@ -13,7 +13,6 @@ from dictlearn.dictionaries import third_party
 from dictlearn.dictionaries.configs import (
     AbsTopKConfig,
     BatchTopKConfig,
-    CrosscoderConfig,
     GatedConfig,
     ICFLConfig,
     JumpReLUConfig,
@@ -35,7 +34,6 @@ REGISTRY = {
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
     "gated": "dictlearn.dictionaries.gated:Gated",
-    "crosscoder": "dictlearn.dictionaries.crosscoder:Crosscoder",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
@@ -49,7 +47,6 @@ CONFIGS = {
         ReLUConfig,
         JumpReLUConfig,
         GatedConfig,
-        CrosscoderConfig,
         ICFLConfig,
     )
 }
