@@ -13,6 +13,7 @@ from dictlearn.dictionaries import third_party
 from dictlearn.dictionaries.configs import (
     AbsTopKConfig,
     BatchTopKConfig,
+    CrosscoderConfig,
     GatedConfig,
     ICFLConfig,
     JumpReLUConfig,
@@ -34,6 +35,7 @@ REGISTRY = {
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
     "gated": "dictlearn.dictionaries.gated:Gated",
+    "crosscoder": "dictlearn.dictionaries.crosscoder:Crosscoder",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
@@ -47,6 +49,7 @@ CONFIGS = {
         ReLUConfig,
         JumpReLUConfig,
         GatedConfig,
+        CrosscoderConfig,
         ICFLConfig,
     )
 }

@@ -3,7 +3,8 @@
 The width of the activations is not asked for: it comes from the store. The sentence under a field is its help text on
 the command line. `check` is called with the widths and raises UserError, and so is ``check_parts`` of the kinds that
 have it, with the widths of each hook. Kinds that rebuild nothing but their own input say so by ``transcodes = False``,
-those of one hook alone by ``several_hooks = False``. `check_hooks` asks all of it.
+those that need a target hook by ``autoencodes = False``, those of one hook alone by ``several_hooks = False``.
+`check_hooks` asks all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from activation_store.errors import UserError
 
 
 class CheckedConfig(Protocol):
-    """What every config has; ``transcodes``, ``several_hooks`` and ``check_parts`` besides where they say something."""
+    """What every config has, besides what it says only where it differs from other kinds."""
 
     kind: ClassVar[str]
 
@@ -30,6 +31,11 @@ def check_hooks(config: CheckedConfig, input_parts: Sequence[int], output_parts:
         raise UserError(
             f"A dictionary of kind {config.kind!r} rebuilds its own input and has no target hook; leave target_hook "
             "out, or use topk."
+        )
+    if output_parts is None and not getattr(config, "autoencodes", True):
+        raise UserError(
+            f"A dictionary of kind {config.kind!r} predicts one hook from another, and there is no target hook; name "
+            "one in target_hook, or use topk."
         )
     rebuilt = input_parts if output_parts is None else output_parts
     if max(len(input_parts), len(rebuilt)) > 1 and not getattr(config, "several_hooks", True):
@@ -226,6 +232,31 @@ class ReLUConfig(PenalisedConfig):
         """Raise UserError when no such dictionary can exist on activations of these widths."""
         super().check(d_in, d_out)
         _check_weight(self, "l1_weight")
+
+
+@dataclass(frozen=True)
+class CrosscoderConfig(PenalisedConfig):
+    """Latents that several hooks share, with an L1 penalty by the norms of their decoders (Lindsey et al. 2024)."""
+
+    kind: ClassVar[str] = "crosscoder"
+    transcodes: ClassVar[bool] = False
+
+    l1_weight: float = 0.1
+    """Weight of the mean sum of a row's codes, each times its decoder norms in all hooks, beside the squared error."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        _check_weight(self, "l1_weight")
+
+    def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:
+        """Raise UserError when no such dictionary can exist on several hooks of these widths."""
+        super().check_parts(input_parts, output_parts)
+        if len(input_parts) < 2:
+            raise UserError(
+                "A crosscoder relates several hooks, and hook names one; name two or more, of several layers or of "
+                "several models, or use relu."
+            )
 
 
 @dataclass(frozen=True)

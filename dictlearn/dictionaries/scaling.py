@@ -82,7 +82,7 @@ class MeanSquare(Scaling):
 
     @torch.no_grad()
     def fit(self, rows: Tensor, control: ControlStatistics) -> None:
-        self.scale.copy_((rows - rows.mean(dim=0)).square().mean().sqrt().clamp_min(LEAST))
+        self.scale.copy_(spread(rows))
 
     def forward(self, rows: Tensor) -> Tensor:
         return rows / self.scale
@@ -111,7 +111,7 @@ class MeanSquareByPart(MeanSquare):
     @torch.no_grad()
     def fit(self, rows: Tensor, control: ControlStatistics) -> None:
         for scale, part in zip(self.scale.split(self.parts), rows.split(self.parts, dim=1), strict=True):
-            scale.fill_((part - part.mean(dim=0)).square().mean().sqrt().clamp_min(LEAST))
+            scale.fill_(spread(part))
 
     def into_decoder(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return W * self.scale, b * self.scale
@@ -215,6 +215,11 @@ def scalings(
 
 def _mean_square(parts: tuple[int, ...]) -> Scaling:
     return MeanSquare() if len(parts) == 1 else MeanSquareByPart(parts)
+
+
+def spread(rows: Tensor) -> Tensor:
+    """The root of the variance per coordinate of rows (B, D), all coordinates together."""
+    return (rows - rows.mean(dim=0)).square().mean().sqrt().clamp_min(LEAST)
 
 
 def whitening(mean: Tensor, second_moment: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Remembers, Update, Width, forget_moments
-from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings
+from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings, spread
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
 
 REDRAWN_SHARE = 0.8
@@ -32,6 +32,8 @@ REDRAWN_SHARE = 0.8
 class TwoMatrices(Dictionary):
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters (S,) that are added to W_enc's product with the centred input."""
+    spread_of_parts: Tensor
+    """(P,) of each rebuilt hook, where there are several, the root of its variance per coordinate in raw units."""
 
     def __init__(self, config: Any, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
@@ -42,6 +44,8 @@ class TwoMatrices(Dictionary):
         self.input_scaling, self.target_scaling = scalings(
             config.scaling, self.input_parts, None if self.autoencoder else self.output_parts, config.shrinkage
         )
+        if len(self.output_parts) > 1:
+            self.register_buffer("spread_of_parts", torch.ones(len(self.output_parts)))
         self.subtracts_b_dec = False
         """Whether b_pre is b_dec: true while an autoencoder trains, false for transcoders and for anything folded."""
 
@@ -113,6 +117,9 @@ class TwoMatrices(Dictionary):
         self.input_scaling.fit(x, control)
         if target is not None:
             self.target_scaling.fit(target, control)
+        if len(self.output_parts) > 1:
+            rebuilt = (x if target is None else target).split(self.output_parts, dim=1)
+            self.spread_of_parts.copy_(torch.stack([spread(part) for part in rebuilt]))
         x_BD, target_BO = self._scaled(x, target)
         written_SO = unit_directions(self.d_sae, self.d_out, generator)
         examples_S = self._examples(len(x), generator)

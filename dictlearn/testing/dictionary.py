@@ -29,6 +29,8 @@ class DictionaryTests:
 
     transcodes = True
     """Whether the kind accepts another target than its input."""
+    autoencodes = True
+    """Whether the kind can do without another target."""
     several_hooks = False
     """Whether the kind accepts several hooks side by side; it is then held to the contract with two as well."""
     d_in, d_out, rows = 12, 10, 64
@@ -54,7 +56,8 @@ class DictionaryTests:
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
     def modes(self) -> list[bool]:
-        return [False, True] if self.transcodes else [False]
+        """Whether it transcodes, for each way of using the kind."""
+        return [transcoder for transcoder in (False, True) if (self.transcodes if transcoder else self.autoencodes)]
 
     def cases(self, updates: int = 5) -> Iterator[tuple[str, bool, Dictionary]]:
         """``(words, whether it transcodes, dictionary)``: each variant as autoencoder and, where it can, transcoder."""
@@ -116,7 +119,7 @@ class DictionaryTests:
             assert torch.equal(output, dictionary(x))
 
     def test_no_latent_stands_twice_in_a_row(self):
-        codes = self.trained(False).encode(self.data(False)[0])
+        codes = self.trained(self.modes()[0]).encode(self.data(False)[0])
         for indices, active in zip(codes.indices, codes.active(), strict=True):
             chosen = indices[active]
             assert len(chosen.unique()) == len(chosen)
@@ -232,7 +235,7 @@ class DictionaryTests:
                 assert torch.equal(a, b), f"{words}: {name}"
 
     def test_counts_rows_since_each_latent_fired(self):
-        dictionary = self.trained(False)
+        dictionary = self.trained(self.modes()[0])
         codes = dictionary.encode(self.data(False)[0])
         before = dictionary.rows_since_fired.clone()
         dictionary.observe(codes)
@@ -245,7 +248,7 @@ class DictionaryTests:
         "damage", ["truncated weights", "missing weights", "damaged description", "no description"]
     )
     def test_a_damaged_folder_is_refused_by_name(self, tmp_path: Path, damage: str):
-        folder = save(self.trained(False), tmp_path / "dictionary")
+        folder = save(self.trained(self.modes()[0]), tmp_path / "dictionary")
         weights, description = folder / "dictionary.safetensors", folder / "dictionary.json"
         if damage == "truncated weights":
             weights.write_bytes(weights.read_bytes()[:-10])
