@@ -14,12 +14,14 @@ from dictlearn.dictionaries.configs import (
     AbsTopKConfig,
     BatchTopKConfig,
     CrosscoderConfig,
+    CrossLayerConfig,
     GatedConfig,
     ICFLConfig,
     JumpReLUConfig,
     KSparseConfig,
     MatryoshkaConfig,
     ReLUConfig,
+    SkipConfig,
     TopKConfig,
 )
 
@@ -31,11 +33,13 @@ REGISTRY = {
     "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
     "matryoshka": "dictlearn.dictionaries.matryoshka:Matryoshka",
     "abstopk": "dictlearn.dictionaries.abs_topk:AbsTopK",
+    "skip": "dictlearn.dictionaries.skip:Skip",
     "ksparse": "dictlearn.dictionaries.k_sparse:KSparse",
     "relu": "dictlearn.dictionaries.relu:ReLU",
     "jumprelu": "dictlearn.dictionaries.jumprelu:JumpReLU",
     "gated": "dictlearn.dictionaries.gated:Gated",
     "crosscoder": "dictlearn.dictionaries.crosscoder:Crosscoder",
+    "clt": "dictlearn.dictionaries.cross_layer:CrossLayer",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
@@ -45,11 +49,13 @@ CONFIGS = {
         BatchTopKConfig,
         MatryoshkaConfig,
         AbsTopKConfig,
+        SkipConfig,
         KSparseConfig,
         ReLUConfig,
         JumpReLUConfig,
         GatedConfig,
         CrosscoderConfig,
+        CrossLayerConfig,
         ICFLConfig,
     )
 }

@@ -214,7 +214,7 @@ def _pairs(also_BA: Tensor, latents_A: Tensor) -> _Pairs | None:
         return None
     rows_P, columns_P = (torch.from_numpy(part) for part in np.divmod(places, also_BA.shape[1]))
     counts_B = torch.bincount(rows_P, minlength=len(also_BA))
-    weights_P = also_BA.view(-1)[torch.from_numpy(places)]
+    weights_P = also_BA.reshape(-1)[torch.from_numpy(places)]
     return _Pairs(weights_P, rows_P, latents_A[columns_P], counts_B.cumsum(0) - counts_B)
 
 

@@ -20,8 +20,10 @@ from dictlearn.workspace import Workspace
 IN, OUT = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"
 
 
-def make_store(path: Path, rows: int = 3000, fingerprint: str = "sha256:model", between=lambda part: None) -> None:
-    rng = np.random.default_rng(0)
+def make_store(
+    path: Path, rows: int = 3000, fingerprint: str = "sha256:model", between=lambda part: None, seed: int = 0
+) -> None:
+    rng = np.random.default_rng(seed)
     directions = rng.normal(size=(40, 16))
     x = ((rng.random((rows, 40)) < 0.1) * rng.exponential(size=(rows, 40))) @ directions + 3
     y = np.tanh(x @ rng.normal(size=(16, 12)) / 4)
