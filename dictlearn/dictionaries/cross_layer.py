@@ -29,7 +29,7 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import CrossLayerConfig
-from dictlearn.dictionaries.scaling import LEAST, MeanSquareByPart, scalings
+from dictlearn.dictionaries.scaling import LEAST, MeanSquareByPart, scalings, spread
 from dictlearn.dictionaries.start import towards, unit_directions
 from dictlearn.ops import TopKCodes
 
@@ -39,6 +39,8 @@ class CrossLayer(Dictionary):
     Config = CrossLayerConfig
     config: CrossLayerConfig
     causal = True
+    spread_of_parts: Tensor
+    """(L,) the root of each output's variance per coordinate, for `dictlearn.dictionaries.parts`."""
 
     def __init__(self, config: CrossLayerConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
@@ -51,6 +53,7 @@ class CrossLayer(Dictionary):
         )
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.input_scaling, self.target_scaling = scalings(config.scaling, self.input_parts, self.output_parts)
+        self.register_buffer("spread_of_parts", torch.ones(len(self.output_parts)))
 
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]
@@ -124,6 +127,7 @@ class CrossLayer(Dictionary):
             raise ValueError("A cross-layer transcoder begins with a target.")
         self.input_scaling.fit(x, control)
         self.target_scaling.fit(target, control)
+        self.spread_of_parts.copy_(torch.stack([spread(part) for part in target.split(self.output_parts, dim=1)]))
         x_BD, target_BO = self.input_scaling(x), self.target_scaling(target)
         self.b_dec.copy_(target_BO.mean(dim=0))
         for layer, (of_input, of_target, bias) in enumerate(

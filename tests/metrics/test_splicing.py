@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from activation_store.errors import UserError
-from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.dictionaries.configs import CrossLayerConfig, TopKConfig
+from dictlearn.dictionaries.cross_layer import CrossLayer
 from dictlearn.dictionaries.topk import TopK
-from dictlearn.metrics.downstream import measure_downstream
-from dictlearn.metrics.splicing import splice
+from dictlearn.metrics.downstream import measure_downstream, measure_each_downstream
+from dictlearn.metrics.splicing import activations_at, splice
 
 RESID, MLP_IN, MLP_OUT = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 
@@ -161,3 +162,87 @@ def test_downstream_loss_by_hand(model, tokens):
     assert got.kl_spliced == pytest.approx(float((clean.exp() * (clean - spliced)).sum(1).mean()), rel=1e-9)
     assert got.ce_zero_ablated == pytest.approx(got.ce_mean_ablated)  # the mean given is zero
     assert got.loss_recovered == pytest.approx((got.ce_zero_ablated - ce_spliced) / (got.ce_zero_ablated - ce_clean))
+
+
+LAYERS = range(2)
+MLP_INS, MLP_OUTS = (tuple(f"blocks.{layer}.{name}" for layer in LAYERS) for name in ("mlp.hook_in", "hook_mlp_out"))
+
+
+def random_cross_layer():
+    dictionary = CrossLayer(CrossLayerConfig(d_sae=40, k=4), [24, 24], [24, 24])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    dictionary.provenance = {"hook_in": list(MLP_INS), "hook_out": list(MLP_OUTS)}
+    return dictionary.fold().requires_grad_(False)
+
+
+def test_a_cross_layer_transcoder_replaces_all_its_layers_by_what_they_read_in_the_changed_model(model, tokens):
+    dictionary = random_cross_layer()
+    seen = {}
+
+    def remember(name):
+        return lambda activation, hook: seen.__setitem__(name, activation)
+
+    with splice(model, {MLP_OUTS: dictionary}):
+        model.run_with_hooks(tokens, fwd_hooks=[(hook, remember(hook)) for hook in (*MLP_INS, *MLP_OUTS)])
+    expected = dictionary(torch.cat([seen[hook].flatten(0, 1) for hook in MLP_INS], dim=1))
+    for hook, part in zip(MLP_OUTS, expected.split(dictionary.output_parts, dim=1), strict=True):
+        torch.testing.assert_close(seen[hook].flatten(0, 1), part)
+    clean_in = cached(model, tokens, MLP_INS[1])[0]
+    assert not torch.allclose(seen[MLP_INS[1]], clean_in)  # the second layer read what the first had changed
+
+
+def test_downstream_loss_of_a_cross_layer_transcoder_is_of_all_layers_at_once(model, tokens):
+    dictionary, real = random_cross_layer(), torch.ones_like(tokens, dtype=torch.bool)
+    mean = torch.randn(48, generator=torch.Generator().manual_seed(2))
+    got = measure_downstream(model, dictionary, MLP_OUTS, mean, [(tokens, real)], skip_first=False)
+
+    def cross_entropy(logits):
+        return -float(logits[:, :-1].double().log_softmax(-1).gather(2, tokens[:, 1:, None]).mean())
+
+    for name, replacement in (
+        ("spliced", {MLP_OUTS: dictionary}),
+        ("zero_ablated", dict.fromkeys(MLP_OUTS, torch.zeros_like)),
+        ("mean_ablated", {h: lambda x, m=m: m.expand_as(x) for h, m in zip(MLP_OUTS, mean.split(24), strict=True)}),
+    ):
+        with splice(model, replacement, skip_first=False):
+            assert getattr(got, f"ce_{name}") == pytest.approx(cross_entropy(model(tokens)), rel=1e-6), name
+
+
+def test_several_hooks_whose_outputs_need_later_inputs_are_replaced_one_at_a_time(model, tokens):
+    crosscoder = random_topk([24, 24])
+    crosscoder.provenance = {"hook_in": list(MLP_OUTS), "hook_out": list(MLP_OUTS)}
+    with pytest.raises(UserError, match="needs activations that the model computes after"):
+        splice(model, {MLP_OUTS: crosscoder}).__enter__()
+
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    means = dict.fromkeys(MLP_OUTS, torch.zeros(24))
+    models = dict.fromkeys(MLP_OUTS, model)
+    got = measure_each_downstream(models, crosscoder, MLP_OUTS, means, [(tokens, real)], skip_first=True)
+    clean = activations_at(model, tokens, MLP_OUTS)
+    rebuilt = crosscoder(torch.cat([part.flatten(0, 1) for part in clean], dim=1)).split(24, dim=1)
+    for hook, part in zip(MLP_OUTS, rebuilt, strict=True):
+        with splice(model, {hook: lambda rows, part=part: part}, skip_first=True):
+            logits = model(tokens)
+        expected = -float(logits[:, :-1].double().log_softmax(-1).gather(2, tokens[:, 1:, None]).mean())
+        assert got[hook].ce_spliced == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_crosscoder_of_two_models_reads_both_and_replaces_each_in_its_own(tiny_llama, tiny_gpt2, tokens):
+    from activation_store.harvest.language_model import load_language_model, resolve_model
+
+    base, other = (load_language_model(resolve_model(str(path))) for path in (tiny_llama, tiny_gpt2))
+    crosscoder = random_topk([24, 24])
+    models = {RESID: base, f"other:{RESID}": other}
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    means = dict.fromkeys(models, torch.zeros(24))
+    got = measure_each_downstream(models, crosscoder, list(models), means, [(tokens, real)], skip_first=False)
+    both = [activations_at(model, tokens, [RESID])[0].flatten(0, 1) for model in (base, other)]
+    rebuilt = crosscoder(torch.cat(both, dim=1)).split(24, dim=1)
+    for (hook, model), part in zip(models.items(), rebuilt, strict=True):
+        with splice(model, {RESID: lambda rows, part=part: part}, skip_first=False):
+            logits = model(tokens)
+        expected = -float(logits[:, :-1].double().log_softmax(-1).gather(2, tokens[:, 1:, None]).mean())
+        assert got[hook].ce_spliced == pytest.approx(expected, rel=1e-6)
