@@ -45,6 +45,26 @@ class RunsLink(Link):
 
 
 @dataclass(frozen=True)
+class CompareLink(Link):
+    """Runs on one ``store`` and ``hooks`` (as `run_comparison.Group` spells them), and two of them by their latents.
+
+    ``runs`` are names separated by commas; none means all that are evaluated. ``sort`` and ``ascending`` order the
+    table of runs. The latents of ``a`` and ``b`` are matched; ``show`` and ``page`` say which of them are listed.
+    """
+
+    path: ClassVar[str] = "compare"
+    store: str = ""
+    hooks: str = ""
+    runs: str = ""
+    sort: str = ""
+    ascending: int = 0
+    a: str = ""
+    b: str = ""
+    show: str = ""
+    page: int = 1
+
+
+@dataclass(frozen=True)
 class FeaturesLink(Link):
     """The table of one index: what is kept, in which order, and which page of it."""
 

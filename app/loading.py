@@ -18,6 +18,7 @@ from activation_store.spec import METADATA_FILE
 from activation_store.store import Store, open_store
 from dictlearn.app_command import WORKSPACE_VARIABLE
 from dictlearn.circuits import graph as graphs
+from dictlearn.comparison import decoders
 from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS
 from dictlearn.feature_index import command, selectivity
 from dictlearn.feature_index.read import FeatureIndex, open_index
@@ -29,6 +30,7 @@ from dictlearn_app.token_text import TokenTexts, read_token_texts
 
 if TYPE_CHECKING:
     from dictlearn.circuits.graph import AttributionGraph
+    from dictlearn.comparison.decoders import Agreement
     from dictlearn.feature_index.selectivity import Selective
 
 
@@ -104,6 +106,16 @@ def dictionary_fingerprint(run: str) -> str:
     return _fingerprint(folder, stamp(folder / WEIGHTS, folder / DESCRIPTION))
 
 
+def decoders_agree(a: str, b: str) -> Agreement:
+    """How far the decoders of two runs' dictionaries agree. Computed once: a second for some thousand latents.
+
+    Raises:
+        UserError: no such run, it has no dictionary, or decoder rows of two widths.
+    """
+    folders = [workspace().existing_run(name).dictionary for name in (a, b)]
+    return _agreement(*folders, stamp(*(folder / WEIGHTS for folder in folders)))
+
+
 def notes() -> Notes:
     return Notes(workspace().notes)
 
@@ -141,6 +153,11 @@ def _recognisable(path: Path, stamped: tuple[int, ...]) -> dict[int, Selective]:
 @st.cache_data(max_entries=64, show_spinner=False)
 def _fingerprint(folder: Path, stamped: tuple[int, ...]) -> str:
     return command.dictionary_fingerprint(folder)
+
+
+@st.cache_resource(max_entries=32, show_spinner="matching decoder rows")
+def _agreement(a: Path, b: Path, stamped: tuple[int, ...]) -> Agreement:
+    return decoders.agreement(decoders.decoder_rows(a), decoders.decoder_rows(b))
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

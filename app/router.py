@@ -15,12 +15,13 @@ AnyLink = TypeVar("AnyLink", bound=links.Link)
 def pages() -> dict[type[links.Link], Page]:
     """Every page by the kind of link that opens it, in the order of the navigation."""
     # Not at the top: pages import this module to say where their links go.
-    from dictlearn_app.screens import circuit, feature, features, home, runs, store
+    from dictlearn_app.screens import circuit, compare, feature, features, home, runs, store
 
     return {
         links.HomeLink: st.Page(home.draw, title="Home", url_path=links.HomeLink.path, default=True),
         links.StoreLink: st.Page(store.draw, title="Store", url_path=links.StoreLink.path),
         links.RunsLink: st.Page(runs.draw, title="Runs", url_path=links.RunsLink.path),
+        links.CompareLink: st.Page(compare.draw, title="Compare", url_path=links.CompareLink.path),
         links.FeaturesLink: st.Page(features.draw, title="Features", url_path=links.FeaturesLink.path),
         links.FeatureLink: st.Page(feature.draw, title="Feature", url_path=links.FeatureLink.path),
         links.CircuitLink: st.Page(circuit.draw, title="Circuit", url_path=links.CircuitLink.path),

@@ -13,6 +13,7 @@ import yaml
 from activation_store.errors import UserError
 from dictlearn.dictionaries.description import describe
 from dictlearn.workspace import RunFiles, read_json
+from dictlearn_app import hook_names
 
 POINTS = 600
 """Points kept of a curve: more than a panel has pixels for."""
@@ -46,16 +47,22 @@ class RunHistory:
     problems: tuple[str, ...] = ()
 
     @property
-    def hook_in(self) -> str:
-        return str(self.provenance.get("hook_in") or self.config.get("hook", ""))
+    def hooks_in(self) -> tuple[str, ...]:
+        return hook_names.names(self.provenance.get("hook_in") or self.config.get("hook"))
 
     @property
-    def hook_out(self) -> str:
-        return str(self.provenance.get("hook_out") or self.config.get("target_hook") or self.hook_in)
+    def hooks_out(self) -> tuple[str, ...]:
+        written = self.provenance.get("hook_out") or self.config.get("target_hook")
+        return hook_names.names(written) or self.hooks_in
+
+    @property
+    def hooks(self) -> str:
+        """What it reads and what it predicts, in words."""
+        return hook_names.in_words(self.hooks_in, self.hooks_out)
 
     @property
     def is_transcoder(self) -> bool:
-        return self.hook_in != self.hook_out
+        return self.hooks_in != self.hooks_out
 
     @property
     def store(self) -> str:
@@ -90,11 +97,15 @@ class RunHistory:
 
     @property
     def final(self) -> dict[str, float]:
-        """The numbers of the evaluation by name; where there is none, of the last logged batch."""
-        if self.evaluation is None:
-            return {}
-        sections = (self.evaluation.get("reconstruction"), self.evaluation.get("downstream"))
-        return {name: value for section in sections if section for name, value in section.items()}
+        """The numbers of the evaluation by name; what it has of each hook is called so."""
+        sections = (self.evaluation or {}).get("reconstruction"), (self.evaluation or {}).get("downstream")
+        return {
+            name: value
+            for section in sections
+            if isinstance(section, dict)
+            for name, value in flattened(section).items()
+            if isinstance(value, int | float)
+        }
 
 
 def read_run(folder: Path) -> RunHistory:
@@ -118,6 +129,9 @@ def read_run(folder: Path) -> RunHistory:
     finished = files.dictionary.exists()
     try:
         evaluation = read_json(files.evaluation) if files.evaluation.exists() else None
+        if not isinstance(evaluation, dict | None):
+            evaluation = None
+            raise UserError(f"{str(files.evaluation)!r} holds no keys and values; evaluate the run again.")
     except UserError as error:
         problems.append(str(error))
     try:

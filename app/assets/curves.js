@@ -3,29 +3,9 @@
 
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [380, 168, 44, 8, 8, 20];
 
-function scaleY(panel, values) {
-  let low = Math.min(...values);
-  let high = Math.max(...values);
-  const log = panel.log && low > 0 && high / low > 3;
-  if (log) [low, high] = [Math.log10(low), Math.log10(high)];
-  if (!panel.log && low > 0 && low < high * 0.35) low = 0;
-  if (high === low && low === 0) high = 1;
-  if (high === low) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
-  const y = (value) => HEIGHT - BOTTOM - (((log ? Math.log10(value) : value) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  let marks;
-  if (log) {
-    const powers = [];
-    for (let power = Math.floor(low); power <= Math.ceil(high); power++) powers.push(10 ** power);
-    const within = (mark) => Math.log10(mark) >= low && Math.log10(mark) <= high;
-    marks = powers.filter(within);
-    if (marks.length < 3) marks = powers.flatMap((power) => [power, 2 * power, 5 * power]).filter(within);
-  } else marks = ticks(low, high, 4);
-  return { y, marks, log };
-}
-
 function panelNode(panel, range, bus, runs, many) {
   const values = panel.series.flatMap((series) => series.y.filter((value) => value !== null));
-  const { y, marks, log } = scaleY(panel, values);
+  const { at: y, marks, log, write } = axisOf(values, panel.log, HEIGHT - BOTTOM, TOP, { zero: true });
   const [least, most] = [Math.min(...values), Math.max(...values)];
   const digits = Math.min(6, 3 + Math.ceil(Math.max(0, Math.log10(most / (most - least)) || 0)));
   const [first, last] = range;
@@ -33,7 +13,7 @@ function panelNode(panel, range, bus, runs, many) {
   const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": panel.label });
   for (const mark of marks) {
     svg.append(make("line", { class: "rule", x1: LEFT, x2: WIDTH - RIGHT, y1: y(mark), y2: y(mark) }));
-    svg.append(make("text", { class: "y", x: LEFT - 5, y: y(mark) + 3.5 }, shortTick(mark, log ? mark : marks[1] - marks[0])));
+    svg.append(make("text", { class: "y", x: LEFT - 5, y: y(mark) + 3.5 }, write(mark)));
   }
   for (const mark of ticks(first, last, 6)) svg.append(make("text", { class: "x", x: x(mark), y: HEIGHT - 5 }, shortTick(mark)));
   const curves = make("g");
@@ -91,17 +71,6 @@ function nearest(series, place) {
     if (gap < distance && series.y[i] !== null) [best, distance] = [series.y[i], gap];
   });
   return best;
-}
-
-// With as many digits as marks that are `step` apart need.
-function shortTick(value, step) {
-  const size = Math.abs(value);
-  if (size >= 1e9) return `${+(value / 1e9).toPrecision(3)}G`;
-  if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  if (size > 0 && size < 1e-3) return value.toExponential(0);
-  const digits = step > 0 ? Math.ceil(Math.log10(size / step)) + 1 : 3;
-  return String(+value.toPrecision(Math.min(6, Math.max(3, digits))));
 }
 
 // A colour of its own for each of a few runs; of many, the place in the order, from blue over green to red.

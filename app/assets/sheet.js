@@ -107,7 +107,7 @@ function table(root, block) {
     { class: "scroll", tabindex: "-1" },
     make(
       "table",
-      { class: block.dense ? "dense" : "" },
+      { class: `${block.dense ? "dense" : ""} ${block.pinned ? "pinned" : ""}` },
       block.caption ? make("caption", {}, block.caption) : null,
       make("thead", {}, head),
       make("tbody", {}, body),
@@ -171,7 +171,8 @@ function histogram(root, block) {
   const width = 420;
   const height = block.height || 120;
   const [left, bottom, top] = [34, 18, 6];
-  const most = Math.max(1, ...block.counts);
+  const beside = block.beside || [];
+  const most = Math.max(1, ...block.counts, ...beside.flatMap((other) => other.counts));
   // Log counts with one added, so that a bin of one is seen next to a bin of a million.
   const scale = (count) => (Math.log10(count + 1) / Math.log10(most + 1)) * (height - bottom - top);
   const step = (width - left) / block.counts.length;
@@ -187,7 +188,11 @@ function histogram(root, block) {
     const target = make("rect", { class: "target", x: left + i * step, y: 0, width: step, height: height - bottom });
     target.addEventListener("pointermove", (event) =>
       tip.show(
-        [`${count.toLocaleString("en")} ${block.unit}`, `${shortNumber(block.edges[i])} – ${shortNumber(block.edges[i + 1])}`],
+        [
+          `${count.toLocaleString("en")} ${block.unit}`,
+          `${shortNumber(block.edges[i])} – ${shortNumber(block.edges[i + 1])}`,
+          ...beside.map((other) => `${other.name}: ${other.counts[i].toLocaleString("en")}`),
+        ],
         event.clientX,
         event.clientY,
       ),
@@ -195,6 +200,14 @@ function histogram(root, block) {
     target.addEventListener("pointerleave", () => tip.hide());
     return make("g", {}, bar, target);
   });
+  const outlines = beside.map((other, number) => {
+    const heights = other.counts.map((count) => (height - bottom - scale(count)).toFixed(1));
+    const path = heights.map((y, i) => `${i ? "" : `M${left} ${height - bottom}`}V${y}H${(left + (i + 1) * step).toFixed(1)}`);
+    return make("path", { class: `outline o${number}`, d: path.join("") });
+  });
+  const names = beside.map((other, number) =>
+    make("span", { class: "named" }, make("svg", { viewBox: "0 0 18 8", "aria-hidden": "true" }, make("path", { class: `outline o${number}`, d: "M0 4H18" })), other.name),
+  );
   const first = block.edges[0];
   const last = block.edges[block.edges.length - 1];
   const across = (value) => left + ((value - first) / (last - first || 1)) * (width - left);
@@ -210,8 +223,8 @@ function histogram(root, block) {
   return make(
     "figure",
     { class: "histogram" },
-    make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": block.label }, powers, bars, labels),
-    block.note ? make("figcaption", { class: "note" }, block.note) : null,
+    make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": block.label }, powers, bars, outlines, labels),
+    block.note || names.length ? make("figcaption", { class: "note" }, block.note, names) : null,
   );
 }
 

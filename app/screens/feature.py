@@ -10,7 +10,7 @@ import streamlit as st
 
 from activation_store.errors import UserError
 from dictlearn.feature_index.read import Band, FeatureIndex, FeaturePage, TokenStrip, feature_page
-from dictlearn_app import links, loading, router
+from dictlearn_app import hook_names, links, loading, router
 from dictlearn_app.feature_list import first_latent
 from dictlearn_app.feature_scales import logit_scale, strip_scale
 from dictlearn_app.notes import Notes
@@ -106,7 +106,7 @@ def steps(index: FeatureIndex, link: links.FeatureLink, names: Sequence[str], no
 
 def title(page: FeaturePage, link: links.FeatureLink) -> Block:
     made = page.provenance
-    hooks = made["hook_in"] if made["hook_in"] == made["hook_out"] else f"{made['hook_in']} → {made['hook_out']}"
+    hooks = hook_names.in_words(made["hook_in"], made["hook_out"])
     return heading(
         f"Latent {page.latent}",
         note=f"of {page.d_sae:,} in {made['run']} ({made['kind']} of {hooks}), over the store {made['store']}",

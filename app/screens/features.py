@@ -10,7 +10,7 @@ import streamlit as st
 
 from activation_store.errors import UserError
 from dictlearn.feature_index.read import FeatureIndex, TokenStrip
-from dictlearn_app import links, loading, router
+from dictlearn_app import hook_names, links, loading, router
 from dictlearn_app.feature_list import (
     COLUMNS,
     MOST_ACTIVATIONS,
@@ -84,7 +84,7 @@ def controls_of(link: links.FeaturesLink, names: list[str], shown: list[str]) ->
 
 def about(index: FeatureIndex) -> Block:
     made = index.manifest.made_from
-    hooks = made.hook_in if made.hook_in == made.hook_out else f"{made.hook_in} → {made.hook_out}"
+    hooks = hook_names.in_words(made.hook_in, made.hook_out)
     return heading(
         index.name,
         note=f"{made.kind} of {hooks} in {made.model}, run {made.run}, over the store {made.store}",

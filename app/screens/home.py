@@ -100,12 +100,11 @@ def train(store: Store) -> str:
 
 
 def about_run(run: RunHistory) -> str:
-    hooks = f"{run.hook_in} → {run.hook_out}" if run.is_transcoder else run.hook_in
     latents = f", {run.d_sae:,} latents" if isinstance(run.d_sae, int) else ""
     state = "" if run.finished else f"; {run.state}" + (f", at step {short(run.last['step'])}" if run.last else "")
     if run.problems:
         state += f"; {len(run.problems)} damaged part{'s' if len(run.problems) > 1 else ''}"
-    return f"{run.kind or 'dictionary'} of {hooks or 'an unknown hook'}{latents}{state}"
+    return f"{run.kind or 'dictionary'} of {run.hooks or 'an unknown hook'}{latents}{state}"
 
 
 def after_run(run: RunHistory, workspace: Workspace, indexed: dict[str, list[str]]) -> str:

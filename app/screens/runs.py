@@ -126,14 +126,13 @@ def overview(runs: Sequence[RunHistory]) -> list[Block]:
     indexed, suffix = indexes.by_run(workspace), in_workspace(workspace)
     lines = []
     for run in runs:
-        hooks = run.hook_in if not run.is_transcoder else f"{run.hook_in} → {run.hook_out}"
         made = indexed.get(run.name, [])
         lines.append(
             row(
                 [
                     {"text": run.name, "href": links.address(links.RunsLink(runs=run.name))},
                     run.kind,
-                    {"text": hooks, "mono": True},
+                    {"text": run.hooks, "mono": True},
                     {"text": run.store, "href": links.address(links.StoreLink(store=run.store)) if run.store else None},
                     short(run.d_sae),
                     standing(run),
@@ -191,9 +190,10 @@ def final_numbers(runs: Sequence[RunHistory]) -> list[Block]:
     waiting = [run.name for run in runs if run.finished and not run.final]
     page: list[Block] = []
     if evaluated:
+        numbers = {name: [short(run.final.get(name)) for run in evaluated] for name in names}
         page = [
             section("Measured on held-out documents", "cross-entropies in nats per token"),
-            side_by_side(evaluated, {name: [short(run.final.get(name)) for run in evaluated] for name in names}),
+            side_by_side([run.name for run in evaluated], numbers),
         ]
     if waiting:
         others = f"; {len(waiting) - 1} more are not measured yet" if len(waiting) > 1 else ""
@@ -205,34 +205,36 @@ def final_numbers(runs: Sequence[RunHistory]) -> list[Block]:
 def configurations(runs: Sequence[RunHistory]) -> list[Block]:
     """The settings that differ; of a single run, all of them."""
     configured = [run for run in runs if run.config]
+    runs_by_name = [run.name for run in configured]
     if not configured:
         return []
     if len(configured) == 1:
         settings: dict[str, list[Any]] = {key: [value] for key, value in flattened(configured[0].config).items()}
-        return [section("Configuration"), side_by_side(configured, written(settings))]
+        return [section("Configuration"), side_by_side(runs_by_name, written(settings))]
     settings = differing(configured)
     if not settings:
         return [section("Configuration"), hint("These runs differ in their names alone.")]
     if len(configured) > SIDE_BY_SIDE:
         settings |= {f"last {name}": [run.last.get(name) for run in configured] for name in ENDED}
-    return [section("Where the configurations differ"), side_by_side(configured, written(settings))]
+    return [section("Where the configurations differ"), side_by_side(runs_by_name, written(settings))]
 
 
 def written(settings: dict[str, list[Any]]) -> dict[str, list[str]]:
     return {key: [short(value) for value in values] for key, values in settings.items()}
 
 
-def side_by_side(runs: Sequence[RunHistory], rows: dict[str, list[str]]) -> Block:
-    """Names down the side and a column per run; of many runs, a line per run."""
+def side_by_side(columns: Sequence[str], rows: dict[str, list[str]], of: str = "run") -> Block:
+    """Names down the side and a column for each run (or whatever they are ``of``); of many, a line for each."""
     names = [name.replace("_", " ") for name in rows]
-    if len(runs) > SIDE_BY_SIDE:
+    if len(columns) > SIDE_BY_SIDE:
         return table(
-            [column("run"), *(column(name, "right") for name in names)],
-            [row([run.name, *(values[i] for values in rows.values())]) for i, run in enumerate(runs)],
+            [column(of), *(column(name, "right") for name in names)],
+            [row([run, *(values[i] for values in rows.values())]) for i, run in enumerate(columns)],
             dense=True,
+            pinned=True,
         )
     return table(
-        [column("", muted=True), *(column(run.name, "right") for run in runs)],
+        [column("", muted=True), *(column(name, "right") for name in columns)],
         [row([name, *values]) for name, values in zip(names, rows.values(), strict=True)],
         dense=True,
     )

@@ -1,8 +1,8 @@
 """How a file of assets/ becomes a component.
 
 The .js and .css are read and passed as text: Streamlit looks for asset folders of installed packages only, so an
-editable checkout would have none. Every script begins with dom.js, which is where text becomes nodes, and
-tokens.js; every style begins with base.css.
+editable checkout would have none. Every script begins with dom.js, which is where text becomes nodes,
+tokens.js and axes.js; every style begins with base.css.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def component(name: str) -> Callable[..., Any]:
         f"dictlearn_{name}",
         html='<div class="root"></div>',
         css=stylesheet("base.css") + (style.read_text() if style.exists() else ""),
-        js="".join((ASSETS / f"{part}.js").read_text() for part in ("dom", "tokens", name)),
+        js="".join((ASSETS / f"{part}.js").read_text() for part in ("dom", "tokens", "axes", name)),
     )
 
 

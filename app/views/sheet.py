@@ -101,7 +101,9 @@ def table(
     empty: str = "Nothing here.",
     caption: str = "",
     dense: bool = False,
+    pinned: bool = False,
 ) -> Block:
+    """``pinned``: the first column stays where a table wider than the window is scrolled."""
     return {
         "kind": "table",
         "columns": list(columns),
@@ -109,13 +111,20 @@ def table(
         "empty": parts(empty),
         "caption": caption,
         "dense": dense,
+        "pinned": pinned,
     }
 
 
 def histogram(
-    edges: Sequence[float], counts: Sequence[int], unit: str, label: str, note: str = "", height: int = 120
+    edges: Sequence[float],
+    counts: Sequence[int],
+    unit: str,
+    label: str,
+    note: str = "",
+    height: int = 120,
+    beside: Mapping[str, Sequence[int]] | None = None,
 ) -> Block:
-    """Counts (n) between edges (n + 1), on a logarithmic scale."""
+    """Counts (n) between edges (n + 1), on a logarithmic scale; ``beside`` are others, drawn as outlines, by name."""
     return {
         "kind": "histogram",
         "edges": [float(edge) for edge in edges],
@@ -124,6 +133,7 @@ def histogram(
         "label": label,
         "note": note,
         "height": height,
+        "beside": [{"name": name, "counts": [int(count) for count in other]} for name, other in (beside or {}).items()],
     }
 
 

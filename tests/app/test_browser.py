@@ -31,6 +31,7 @@ MARKS = {
     "Home": "Feature indexes",
     "Store": "norm of the mean",
     "Runs": "Where the configurations differ",
+    "Compare": "Latents of two runs",
     "Features": "strongest example",
     "Feature": "Largest activations",
     "Circuit": "Most influential features",
@@ -223,6 +224,48 @@ def test_the_graph_is_walked_by_keyboard(tab: Any) -> None:
     expect(tab).to_have_url(re.compile(r"node="))
 
 
+# --- runs side by side ------------------------------------------------------------------------------------------------
+
+
+def test_a_point_says_which_run_it_is_and_opens_it(tab: Any) -> None:
+    tab.show("compare?store=stdlib")
+    figure = tab.locator("figure.large")
+    expect(figure.locator(".mark")).to_have_count(1)
+    box = figure.locator(".mark").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2)
+    expect(tab.locator(".tradeoffs .tooltip")).to_contain_text("sae")
+    expect(tab.locator(".tradeoffs .tooltip")).to_contain_text("L0 8, FVU 0.2")
+    expect(tab.locator(".mark.picked")).to_have_count(5)  # the same run in every panel
+    tab.mouse.move(box["x"] + 200, box["y"])
+    expect(tab.locator(".mark.picked")).to_have_count(0)
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(tab).to_have_url(re.compile(r"/runs\?runs=sae$"))
+
+
+def test_what_is_compared_is_written_to_the_address_and_taken_along(tab: Any) -> None:
+    tab.show("compare?store=stdlib")
+    tab.get_by_role("link", name="FVU", exact=True).click()
+    expect(tab).to_have_url(re.compile(r"compare\?.*sort=fvu"))
+    expect(tab.locator("th[aria-sort=descending]")).to_have_text("FVU ↓")
+    with tab.expect_download() as taken:
+        tab.get_by_role("button", name="Download as CSV").click()
+    lines = Path(taken.value.path()).read_text().splitlines()
+    assert lines[0].startswith("run,kind,latents,seed,store,") and [line.split(",")[0] for line in lines[1:]] == ["sae"]
+    tab.get_by_role("combobox", name="Input and target").click()
+    tab.get_by_role("option", name=re.compile("→")).click()
+    expect(tab).to_have_url(re.compile(r"hooks=blocks.2.mlp.hook_in"))
+    expect(tab.get_by_role("link", name="transcoder-2", exact=True).first).to_be_visible()
+
+
+def test_charts_are_drawn_anew_where_the_window_becomes_narrow(tab: Any) -> None:
+    tab.show("compare?store=stdlib")
+    expect(tab.locator("figure")).to_have_count(6)  # five panels and the histogram of cosines
+    expect(tab.locator("figure.large")).to_have_count(1)
+    tab.set_viewport_size({"width": 480, "height": 900})
+    expect(tab.locator("figure.large")).to_have_count(0)
+    expect(tab.locator(".tradeoffs figure")).to_have_count(5)
+
+
 # --- looks ------------------------------------------------------------------------------------------------------------
 
 CONTRASTS = """() => {
@@ -306,8 +349,8 @@ def test_of_many_runs_the_pointer_picks_the_nearest(tab: Any, own: Path, tmp_pat
         tab.show("runs?sweep=seeds", server=server)
         expect(tab.locator(".legend .name")).to_have_text([str(seed) for seed in range(9)])
         panel = tab.locator("figure", has_text="L0")
-        box = panel.locator(".target").bounding_box()
         for share, seed in ((0.05, 8), (0.95, 0)):
+            box = panel.locator(".target").bounding_box()
             tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * share)
             expect(panel.locator(".readout span")).to_have_text([str(10 + seed)])
             expect(tab.locator(".legend .picked .name")).to_have_text([str(seed)])

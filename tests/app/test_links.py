@@ -14,6 +14,7 @@ EXAMPLES = [
     links.HomeLink(),
     links.StoreLink(store="acts", row=70_000_000_000),
     links.RunsLink(runs="sae,transcoder-2", x="step"),
+    links.CompareLink(store="acts", hooks="a.0–3.b → c + d:e", runs="a,b", sort="fvu", ascending=1, a="a", page=2),
     links.FeaturesLink(index="sae", search=" self &?=#", least=0.001, sort="density", ascending=1, page=3),
     links.FeatureLink(index="sae", latent=0, wrapped=1),
     links.CircuitLink(graph="g", node="feature/2/7/111"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import doctest
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dictlearn.circuits.graph import AttributionGraph, read
-from dictlearn_app import links
+from dictlearn_app import hook_names, links
 from dictlearn_app.graph_shares import edge_shares
 from dictlearn_app.run_history import RunHistory, read_run
 from dictlearn_app.token_text import visible
@@ -25,8 +26,10 @@ def graph(tiny: Path) -> AttributionGraph:
     return read(tiny / "graphs" / "import-sys.json")
 
 
-def test_numbers_are_written_as_their_examples_say() -> None:
-    assert doctest.testmod(numbers).failed == 0
+@pytest.mark.parametrize("module", [numbers, hook_names])
+def test_numbers_and_hooks_are_written_as_their_examples_say(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
 
 
 def test_backticks_make_code_and_a_lone_one_stays_text() -> None:

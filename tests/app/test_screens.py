@@ -19,7 +19,7 @@ from tests.app.tiny_workspace import HOOKS, HOSTILE, HOSTILE_DOCUMENT
 
 Open = Callable[..., Screen]
 
-ALL = ("home", "store", "runs", "features", "feature", "circuit")
+ALL = ("home", "store", "runs", "compare", "features", "feature", "circuit")
 
 
 # --- a whole workspace ------------------------------------------------------------------------------------------------
@@ -270,6 +270,8 @@ def test_an_empty_workspace_is_one_sentence_and_a_command(screen: Open, tmp_path
         ("feature", "index", "index"),
         ("circuit", "graph", "circuit"),
         ("runs", "runs", "train"),
+        ("compare", "store", "train"),
+        ("compare", "hooks", "train"),
     ],
 )
 def test_a_name_that_is_not_there_is_said_and_not_replaced(screen: Open, name: str, parameter: str, verb: str) -> None:

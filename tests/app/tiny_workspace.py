@@ -194,11 +194,25 @@ def make_run(
         evaluation = {
             "run": name,
             "store": store.path.stem,
+            "store_fingerprint": store.fingerprint,
+            "asked": {"rows": 4096, "tokens": 2048, "batch_size": 1024},
             "hook_in": hook,
             "hook_out": target,
             "split": "held-out",
-            "reconstruction": {"explained_variance": 0.9 - 0.1 * seed, "fvu": 0.1 + 0.1 * seed, "l0": float(k)},
-            "downstream": {"loss_clean": 2.1, "loss_spliced": 2.3 + seed / 10, "loss_recovered": 0.93 - seed / 50},
+            "reconstruction": {
+                "rows": 4096,
+                "fvu": 0.1 + 0.1 * seed,
+                "explained_variance": 0.9 - 0.1 * seed,
+                "l0": float(k),
+                "dead_share": 0.05 * seed,
+            },
+            "downstream": {
+                "tokens": 2040,
+                "ce_clean": 2.1,
+                "ce_spliced": 2.3 + seed / 10,
+                "kl_spliced": 0.2 + seed / 10,
+                "loss_recovered": 0.93 - seed / 50,
+            },
         }
         files.evaluation.write_text(json.dumps(evaluation))
 

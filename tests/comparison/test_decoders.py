@@ -98,7 +98,7 @@ def test_decoders_with_nothing_in_common_score_what_chance_does(seed: int) -> No
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_space_in_common_is_no_feature_in_common(seed: int) -> None:
-    """Both write into the same 4 of 32 directions: random directions say that they agree, the Gaussian that they do not."""
+    """Both write into the same 4 of 32 directions: the sphere says that they agree, the Gaussian that they do not."""
     space = rows(seed, 4, 32)
     a, b = rows(seed + 1, 300, 4) @ space, rows(seed + 2, 300, 4) @ space
     found = agreement(a, b)
