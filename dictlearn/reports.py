@@ -157,6 +157,10 @@ def trained(runs: Sequence[RunFiles]) -> None:
     print_table("Runs of the sweep, at the last batch", ["run", "step", *TRAINED], rows)
 
 
+OF_EACH_HOOK = ("fvu", "ce_clean", "ce_spliced", "kl_spliced", "loss_recovered")
+"""What is printed of each of several hooks; evaluation.json has all."""
+
+
 def evaluations(measured: Sequence[Evaluation]) -> None:
     """Runs side by side, a column each."""
     rows: list[list[object]] = []
@@ -170,9 +174,9 @@ def evaluations(measured: Sequence[Evaluation]) -> None:
         sides = dict.fromkeys(hooks_of({"hook_in": evaluation.hook_in, "hook_out": evaluation.hook_out}))
         print_line(f"  {evaluation.run}: {' -> '.join(', '.join(side) for side in sides)}")
         if evaluation.by_hook:
-            names = dict.fromkeys(name for numbers in evaluation.by_hook.values() for name in numbers)
-            rows = [[name, *(numbers.get(name, "") for numbers in evaluation.by_hook.values())] for name in names]
-            print_table(f"{evaluation.run}, each hook by itself", ["", *evaluation.by_hook], rows)
+            names = [name for name in OF_EACH_HOOK if any(name in numbers for numbers in evaluation.by_hook.values())]
+            rows = [[hook, *(found.get(name, "") for name in names)] for hook, found in evaluation.by_hook.items()]
+            print_table(f"{evaluation.run}, each hook by itself", ["", *names], rows)
 
 
 def feature(page: FeaturePage) -> None:

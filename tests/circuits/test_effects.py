@@ -224,6 +224,12 @@ def test_an_edit_at_resid_mid_misses_the_skip_connection(case) -> None:
             layer_of(*(f"blocks.2.{hook}" for hook in hooks))
 
 
+def test_a_dictionary_of_several_hooks_is_not_taken_for_a_transcoder_of_one_mlp() -> None:
+    both = [f"blocks.{layer}.mlp.hook_in" for layer in (0, 1)]
+    with pytest.raises(UserError, match="'clt' is of several hooks, and a graph takes one transcoder for each layer"):
+        layer_of(both, [hook.replace("mlp.hook_in", "hook_mlp_out") for hook in both], "clt")
+
+
 def test_a_transcoder_may_read_in_front_of_the_norms_gain(case) -> None:
     transcoders = {2: make_transcoder(2, seed=5, hook_in="ln2.hook_normalized")}
     frozen, activations = case.freeze()
