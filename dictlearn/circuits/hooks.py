@@ -19,7 +19,8 @@ def layer_of(hook_in: str | Sequence[str], hook_out: str | Sequence[str], name: 
     the norm's.
 
     Raises:
-        UserError: for an autoencoder, a dictionary of several hooks, and for hooks that are not one MLP's input and output.
+        UserError: for an autoencoder, for a dictionary of several hooks, and for hooks that are not one MLP's input and
+            output.
     """
     called = "A dictionary" if name is None else f"The dictionary of {name!r}"
     wanted = "name transcoders from blocks.L.mlp.hook_in to blocks.L.hook_mlp_out"
