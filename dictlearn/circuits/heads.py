@@ -5,7 +5,8 @@ Edges run through heads without showing them. Two decompositions bring them back
 - `heads_of_targets`: a target's value is what its own position holds directly (embedding, MLP outputs, biases) plus
   what every head brings there from every source position.
 - `heads_of_edges`: an edge is its direct part plus, for every head, the part whose last head that is: the head that
-  writes at the target's position, whatever the path took before.
+  writes at the target's position, whatever the path took before. What it writes may reach the target through the linear
+  paths of skip transcoders there.
 
 Axes: G targets, N sources, P positions, S source positions, D residual width, L layers, H heads, E head width.
 """
@@ -108,6 +109,7 @@ def heads_of_edges(
     results = [
         EdgeHeads(np.zeros(len(columns)), np.zeros((len(columns), frozen.layers, frozen.heads))) for columns, _ in edges
     ]
+    behind = [_directions_at_target(replacement, group) for group in targets]
     wanted = np.unique(np.concatenate([columns for columns, _ in edges])) if edges else np.zeros(0, dtype=int)
     for start in range(0, len(wanted), SOURCES_PER_BATCH):
         batch = wanted[start : start + SOURCES_PER_BATCH]
@@ -119,7 +121,15 @@ def heads_of_edges(
             mine.append((np.flatnonzero(batch[place] == columns), place))
         for group, (which_M, place) in enumerate(mine):
             _add_direct(
-                results[group], targets[group], edges[group][1], which_M, place, vectors_ND, layers_N, positions_N
+                results[group],
+                targets[group],
+                behind[group],
+                edges[group][1],
+                which_M,
+                place,
+                vectors_ND,
+                layers_N,
+                positions_N,
             )
         stream_NPD = vectors_ND.new_zeros(len(batch), frozen.positions, vectors_ND.shape[1])
         for layer in range(frozen.layers):
@@ -131,11 +141,49 @@ def heads_of_edges(
             for group, (which_M, place) in enumerate(mine):
                 if layer < targets[group].attentions and len(which_M):
                     numbers_M = edges[group][1][which_M]
-                    effects_MH = _at_targets(values_NSHE, attention, targets[group], numbers_M, place[which_M])
+                    directions_GD = behind[group].attentions_GLD[:, layer]
+                    effects_MH = _at_targets(
+                        values_NSHE, attention, directions_GD, targets[group].positions_G, numbers_M, place[which_M]
+                    )
                     results[group].heads_MLH[which_M, layer] = effects_MH.numpy()
             mixed_NTHE = torch.einsum("hts,nshe->nthe", attention.pattern_HTS, values_NSHE)
-            stream_NPD += torch.einsum("nthe,hed->ntd", mixed_NTHE, attention.W_O_HED)
+            written_NPD = torch.einsum("nthe,hed->ntd", mixed_NTHE, attention.W_O_HED)
+            skipped_NPD = replacement.push_skip(layer, stream_NPD if frozen.parallel else stream_NPD + written_NPD)
+            stream_NPD += written_NPD if skipped_NPD is None else written_NPD + skipped_NPD
     return results
+
+
+@dataclass(frozen=True)
+class _AtTarget:
+    """A target's direction at its own position, as what is written there earlier meets it.
+
+    Only the linear paths of skip transcoders change it on the way.
+
+    Attributes:
+        attentions_GLD: for what each layer's heads write.
+        layers_GLD: (G, 1 + L, D) for what the embedding writes, and then each layer's MLP.
+    """
+
+    attentions_GLD: Tensor
+    layers_GLD: Tensor
+
+
+def _directions_at_target(replacement: LocalReplacement, targets: Targets) -> _AtTarget:
+    frozen, g_GD = replacement.frozen, targets.directions_GD
+    here_G = torch.arange(len(targets)), targets.positions_G
+    attentions, layers = [], [g_GD]
+    for layer in reversed(range(frozen.layers)):
+        through_GD = torch.zeros_like(g_GD)
+        if layer < targets.mlps and replacement.mlps[layer].W_skip_ID is not None:
+            g_GPD = g_GD.new_zeros(len(targets), frozen.positions, g_GD.shape[1])
+            g_GPD[here_G] = g_GD
+            pulled = replacement.pull_skip(layer, g_GPD)
+            assert pulled is not None
+            through_GD = pulled[0][here_G]
+        attentions.append(g_GD if frozen.parallel else g_GD + through_GD)
+        g_GD = g_GD + through_GD
+        layers.append(g_GD)
+    return _AtTarget(torch.stack(attentions[::-1], dim=1), torch.stack(layers[::-1], dim=1))
 
 
 def _vectors(
@@ -166,6 +214,7 @@ def _vectors(
 def _add_direct(
     result: EdgeHeads,
     targets: Targets,
+    behind: _AtTarget,
     numbers_of_edges: np.ndarray,
     which_M: np.ndarray,
     place: np.ndarray,
@@ -177,19 +226,25 @@ def _add_direct(
     from_M, to_M = place[which_M], numbers_of_edges[which_M]
     meets = (positions_N[from_M] == targets.positions_G.numpy()[to_M]) & (layers_N[from_M] < targets.mlps)
     which_M, from_M, to_M = which_M[meets], from_M[meets], to_M[meets]
-    result.direct_M[which_M] = (vectors_ND[from_M] * targets.directions_GD[to_M]).sum(dim=-1).numpy()
+    directions_MD = behind.layers_GLD[torch.from_numpy(to_M), torch.from_numpy(layers_N[from_M] + 1)]
+    result.direct_M[which_M] = (vectors_ND[from_M] * directions_MD).sum(dim=-1).numpy()
 
 
 def _at_targets(
-    values_NSHE: Tensor, attention: FrozenAttention, targets: Targets, numbers_M: np.ndarray, from_M: np.ndarray
+    values_NSHE: Tensor,
+    attention: FrozenAttention,
+    directions_GD: Tensor,
+    positions_G: Tensor,
+    numbers_M: np.ndarray,
+    from_M: np.ndarray,
 ) -> Tensor:
-    """(M, H): what each head writes of a source's values, read at the target's position and direction."""
+    """(M, H): what each head writes of a source's values, read at the target's position in these directions."""
     effects_MH = values_NSHE.new_zeros(len(numbers_M), values_NSHE.shape[2])
-    positions_M = targets.positions_G.numpy()[numbers_M]
+    positions_M = positions_G.numpy()[numbers_M]
     for position in np.unique(positions_M):
         here = np.flatnonzero(positions_M == position)
         n = int(position) + 1
         mixed_NHE = torch.einsum("hs,nshe->nhe", attention.pattern_HTS[:, position, :n], values_NSHE[:, :n])
-        asked_MHE = torch.einsum("md,hed->mhe", targets.directions_GD[numbers_M[here]], attention.W_O_HED)
+        asked_MHE = torch.einsum("md,hed->mhe", directions_GD[numbers_M[here]], attention.W_O_HED)
         effects_MH[here] = (mixed_NHE[from_M[here]] * asked_MHE).sum(dim=-1)
     return effects_MH

@@ -1,6 +1,7 @@
 """Transcoders that know nothing, of the same shape: what the scores of a graph have to be compared with.
 
-- untrained: encoder and decoder rows point in random directions, with the trained rows' lengths and biases.
+- untrained: encoder and decoder rows, and those of a linear path, point in random directions, with the trained rows'
+  lengths and biases.
 - permuted decoder: the trained encoder, so the same features are active, but each writes another feature's row.
 """
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def untrained(transcoder: Dictionary, seed: int, layer: int) -> Dictionary:
-    """A copy with rows of W_enc and W_dec turned at random."""
+    """A copy with rows of W_enc, W_dec and, where there is one, W_skip turned at random."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "untrained transcoder", layer) % 2**63)
     null = transcoder.copy()
-    for name in ("W_enc", "W_dec"):
+    for name in ("W_enc", "W_dec", *(["W_skip"] if hasattr(null, "W_skip") else [])):
         rows_SD = _weight(null, name)
         random_SD = torch.randn(rows_SD.shape, generator=generator).to(rows_SD)
         rows_SD.copy_(random_SD / random_SD.norm(dim=1, keepdim=True) * rows_SD.norm(dim=1, keepdim=True))

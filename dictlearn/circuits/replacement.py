@@ -1,6 +1,7 @@
 """The local replacement model: a frozen model whose MLPs are written as transcoder features plus what those miss.
 
     MLP output = sum of active features' decoder rows + decoder bias + error          (with a transcoder)
+                 + what its linear path makes of the MLP's input                      (with a skip transcoder)
     MLP output = error                                                                (without one)
 
 Nothing is lost, so the replacement computes what the model computed; and since everything else is frozen, it is linear
@@ -37,6 +38,7 @@ class ReplacedMLP:
         b_enc_PK: their encoder biases.
         writes_PKD: value times decoder row.
         b_dec_D: the transcoder's output bias (zero without one).
+        W_skip_ID: the transcoder's linear path from its input to its output, None for all but skip transcoders.
         error_PD: MLP output minus reconstruction.
         norm: the frozen norm in front, as the transcoder reads it.
     """
@@ -47,6 +49,7 @@ class ReplacedMLP:
     b_enc_PK: Tensor
     writes_PKD: Tensor
     b_dec_D: Tensor
+    W_skip_ID: Tensor | None
     error_PD: Tensor
     norm: FrozenNorm
 
@@ -75,6 +78,31 @@ class LocalReplacement:
     frozen: FrozenModel
     mlps: list[ReplacedMLP]
     dropped_P: Tensor
+
+    def pull_skip(self, layer: int, directions_GPD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Directions behind an MLP, carried back through the linear path of a skip transcoder; None without one.
+
+        Args:
+            directions_GPD: at the positions 0, 1, ...
+
+        Returns:
+            ``(directions in front of the MLP's norm (G, P, D), what the norm's bias adds (G,), what its rounding)``.
+        """
+        mlp, n = self.mlps[layer], directions_GPD.shape[1]
+        if mlp.W_skip_ID is None:
+            return None
+        read_GPD = (directions_GPD @ mlp.W_skip_ID.T).masked_fill(self.dropped_P[:n, None], 0)
+        bias_G = read_GPD.sum(dim=1) @ mlp.norm.bias_D
+        rounding_G = torch.einsum("gpd,pd->g", read_GPD, mlp.norm.rounding_PD[:n])
+        return mlp.norm.pull(read_GPD), bias_G, rounding_G
+
+    def push_skip(self, layer: int, stream_NPD: Tensor) -> Tensor | None:
+        """(N, P, D) what a linear path makes of vectors that the layer's MLP reads; None without a skip transcoder."""
+        mlp = self.mlps[layer]
+        if mlp.W_skip_ID is None:
+            return None
+        written_NPD = mlp.norm.push(stream_NPD) @ mlp.W_skip_ID
+        return written_NPD.masked_fill(self.dropped_P[: stream_NPD.shape[1], None], 0)
 
     def respond(
         self,
@@ -111,6 +139,8 @@ class LocalReplacement:
             preactivations.append(torch.einsum("pd,pkd->pk", read_PD, mlp.reads_PKD) + mlp.b_enc_PK)
             scaled_PK = torch.where(mlp.values_PK == 0, 0, values_LPK[layer] / mlp.values_PK)
             written_PD = torch.einsum("pk,pkd->pd", scaled_PK, mlp.writes_PKD) + mlp.b_dec_D + error_LPD[layer]
+            if mlp.W_skip_ID is not None:
+                written_PD = written_PD + read_PD @ mlp.W_skip_ID
             stream_PD = stream_PD + torch.where(kept_P1, written_PD, frozen.mlp_out_LPD[layer])
         last = frozen.final_norm.push(stream_PD) + frozen.final_norm.bias_D + frozen.final_norm.rounding_PD
         return Response(preactivations, last[-1] @ frozen.W_U_DV + frozen.b_U_V)
@@ -160,6 +190,7 @@ def _unreplaced(frozen: FrozenModel, layer: int) -> ReplacedMLP:
         b_enc_PK=none_PK,
         writes_PKD=none_PKD,
         b_dec_D=output_PD.new_zeros(width),
+        W_skip_ID=None,
         error_PD=output_PD,
         norm=frozen.second_norms[layer],
     )
@@ -212,6 +243,11 @@ def _replaced(
         )
     values_PK = torch.where(active_PK, linear_PK, 0)
     writes_PKD = values_PK[..., None] * W_dec[codes.indices]
+    rebuilt_PD = writes_PKD.sum(dim=1) + b_dec
+    W_skip_ID = getattr(transcoder, "W_skip", None)
+    if isinstance(W_skip_ID, Tensor):
+        W_skip_ID = W_skip_ID.detach().to("cpu", output_PD.dtype)
+        rebuilt_PD = rebuilt_PD + input_PI @ W_skip_ID
     return ReplacedMLP(
         indices_PK=codes.indices,
         values_PK=values_PK,
@@ -219,6 +255,7 @@ def _replaced(
         b_enc_PK=b_enc_PK,
         writes_PKD=writes_PKD,
         b_dec_D=b_dec,
-        error_PD=output_PD - (writes_PKD.sum(dim=1) + b_dec),
+        W_skip_ID=W_skip_ID,
+        error_PD=output_PD - rebuilt_PD,
         norm=norm,
     )

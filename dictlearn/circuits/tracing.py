@@ -2,8 +2,9 @@
 
 A target is a direction read somewhere: a feature's encoder row behind its MLP's norm, or a logit's unembedding column
 behind the last one. `trace` carries that direction backwards through the frozen model, layer by layer: at each MLP it
-is read off against every active feature and error, at each attention layer it also goes to the positions the heads look
-at. Many targets go together, so a layer costs a few matrix products per batch and no autograd.
+is read off against every active feature and error, and goes on through the linear path if a skip transcoder has one; at
+each attention layer it also goes to the positions the heads look at. Many targets go together, so a layer costs a few
+matrix products per batch and no autograd.
 
 The contributions and the residue add up to the target's value. No residue is the difference of the others: each is a
 bias, a dropped output or a rounding error, carried along the same directions.
@@ -198,9 +199,12 @@ def trace(replacement: LocalReplacement, sources: Sources, targets: Targets) -> 
         chosen = targets[batch]
         sweep = _Sweep(replacement, sources, chosen, rows_GN, batch.numpy())
         for layer in reversed(range(targets.attentions)):
-            if layer < targets.mlps:
-                sweep.read_mlp(layer)
+            through_skip = sweep.read_mlp(layer) if layer < targets.mlps else None
+            if through_skip is not None and not replacement.frozen.parallel:
+                sweep.g_GPD = sweep.g_GPD + through_skip
             sweep.pass_attention(layer)
+            if through_skip is not None and replacement.frozen.parallel:
+                sweep.g_GPD = sweep.g_GPD + through_skip
         sweep.read_embeddings()
         for name, term_G in sweep.residue.items():
             residue.setdefault(name, np.zeros(len(targets), dtype=rows_GN.dtype))[batch.numpy()] = term_G.numpy()
@@ -225,7 +229,8 @@ class _Sweep:
         self.g_GPD[torch.arange(len(targets)), targets.positions_G] = targets.directions_GD
         self.residue = {name: term_G.clone() for name, term_G in targets.residue.items()}
 
-    def read_mlp(self, layer: int) -> None:
+    def read_mlp(self, layer: int) -> Tensor | None:
+        """Returns the directions (G, P, D) in front of the MLP to which a skip transcoder's linear path leads."""
         mlp, n = self.replacement.mlps[layer], self.n
         dropped_P = self.replacement.dropped_P[:n]
         if mlp.values_PK.shape[1]:
@@ -239,6 +244,13 @@ class _Sweep:
         self._leave(DECODER_BIASES, self.g_GPD[:, ~dropped_P].sum(dim=1) @ mlp.b_dec_D)
         outputs_PD = self.replacement.frozen.mlp_out_LPD[layer, :n][dropped_P]
         self._leave(DROPPED, torch.einsum("gpd,pd->g", self.g_GPD[:, dropped_P], outputs_PD))
+        pulled = self.replacement.pull_skip(layer, self.g_GPD)
+        if pulled is None:
+            return None
+        directions_GPD, bias_G, rounding_G = pulled
+        self._leave(NORM_BIASES, bias_G)
+        self._leave(ROUNDING, rounding_G)
+        return directions_GPD
 
     def pass_attention(self, layer: int) -> None:
         attention, norm = self.replacement.frozen.attentions[layer], self.replacement.frozen.first_norms[layer]

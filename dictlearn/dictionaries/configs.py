@@ -157,6 +157,14 @@ class AbsTopKConfig(TopKConfig):
 
 
 @dataclass(frozen=True)
+class SkipConfig(TopKConfig):
+    """TopK transcoder with a linear path from input to output beside its latents (Paulo et al. 2025)."""
+
+    kind: ClassVar[str] = "skip"
+    autoencodes: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class KSparseConfig:
     """k-sparse autoencoder with tied weights and linear activations (Makhzani and Frey 2013, arXiv 1312.5663)."""
 

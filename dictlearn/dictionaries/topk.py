@@ -52,15 +52,16 @@ class TopK(TwoMatrices):
         wide = self.config.multi_topk_weight > 0
         slots = min(MULTIPLE * self.k, self.config.d_sae) if wide else self.k
         values_BK, indices_BK, dead_pre_BA = self._select(x_BD, slots, dead_A)
+        without_codes = self._without_codes(x_BD)
         if wide:
-            wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + self.b_dec
+            wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + without_codes
             values_BK, indices_BK = self._largest(values_BK, indices_BK)
         if dead_A is None or dead_pre_BA is None:
             rebuilt_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         else:
             dead_BA = ops.keep_topk(dead_pre_BA, self.config.k_aux or max(1, self.d_in // 2), self.rule)
             rebuilt_BO, revived_BO = ops.decode_also(values_BK, indices_BK, self.W_dec, dead_BA, dead_A)
-        output_BO = rebuilt_BO + self.b_dec
+        output_BO = rebuilt_BO + without_codes
         error_BO = target_BO - output_BO
         mse = error_BO.square().mean()
         total, terms = self._fit(mse, target_BO, values_BK, indices_BK)
@@ -99,7 +100,7 @@ class TopK(TwoMatrices):
         """
         x_BD, target_BO = self._scaled(update.x, update.target)
         codes = self._select(x_BD, self.k)
-        error_BO = target_BO - ops.decode(codes.values, codes.indices, self.W_dec) - self.b_dec
+        error_BO = target_BO - ops.decode(codes.values, codes.indices, self.W_dec) - self._without_codes(x_BD)
         dead_A, rows_A = self._draw_rows(error_BO.square().sum(dim=1), update.generator)
         centre_D = self.b_dec if self.subtracts_b_dec else x_BD.mean(dim=0)
         read_AD, written_AO = x_BD[rows_A] - centre_D, error_BO[rows_A]
@@ -126,6 +127,10 @@ class TopK(TwoMatrices):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What rebuilding the target costs, and its terms, detached: here the squared error of all codes together."""
         return mse, {"mse": mse.detach()}
+
+    def _without_codes(self, x_BD: Tensor) -> Tensor:
+        """(O,) or (B, O) the scaled output where nothing fires."""
+        return self.b_dec
 
     def _active(self, x_BD: Tensor) -> Codes:
         codes = self._select(x_BD, self.k)

@@ -14,11 +14,13 @@ from dictlearn import ops
 from dictlearn.dictionaries.abs_topk import AbsTopK
 from dictlearn.dictionaries.base import Update
 from dictlearn.dictionaries.batch_topk import BatchTopK
+from dictlearn.dictionaries.k_sparse import KSparse
+from dictlearn.dictionaries.skip import Skip
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops.ranks import ProcessMesh
 from dictlearn.training.parallel import keep_latents
 
-KINDS: tuple[type[TopK], ...] = (TopK, AbsTopK, BatchTopK)
+KINDS: tuple[type[TopK] | type[KSparse], ...] = (TopK, AbsTopK, BatchTopK, Skip, KSparse)
 ROWS, D_IN, D_OUT, LATENTS = 24, 10, 7, 37  # 37 latents are shared unevenly
 
 
@@ -34,6 +36,10 @@ def compare(rank: int, size: int, data_parts: int, rendezvous: str) -> None:
         kinds = [kind for kind in KINDS if groups[1].size() == 1 or kind.latent_tensors]
         cases = itertools.product(kinds, (0, 1), (1, 5, 30), (3, 40), DEAD, (False, True))
         for kind, seed, k, k_aux, dead, transcoder in cases:
+            if not getattr(kind.Config, "transcodes" if transcoder else "autoencodes", True):
+                continue
+            if kind is KSparse and (k_aux != 3 or dead != DEAD[0]):
+                continue  # it does nothing about dead latents
             whole, x, target = made(kind, seed, k, k_aux, dead, transcoder)
             part = copy.deepcopy(whole)
             latents = [LATENTS * i // groups[1].size() for i in (groups[1].rank(), groups[1].rank() + 1)]
@@ -83,11 +89,12 @@ DEAD = ("nothing dead", "the last third dead", "everything dead")
 
 
 def made(
-    kind: type[TopK], seed: int, k: int, k_aux: int, dead: str, transcoder: bool
-) -> tuple[TopK, torch.Tensor, torch.Tensor | None]:
+    kind: type[TopK] | type[KSparse], seed: int, k: int, k_aux: int, dead: str, transcoder: bool
+) -> tuple[TopK | KSparse, torch.Tensor, torch.Tensor | None]:
     """A dictionary in float64 with no parameter at a symmetric place, and a batch."""
     generator = torch.Generator().manual_seed(seed)
-    config = kind.Config(d_sae=LATENTS, k=k, k_aux=min(k_aux, LATENTS), dead_after_rows=100, multi_topk_weight=seed / 8)
+    of_topk = {} if kind is KSparse else {"k_aux": min(k_aux, LATENTS), "multi_topk_weight": seed / 8}
+    config = kind.Config(d_sae=LATENTS, k=k, dead_after_rows=100, **of_topk)
     dictionary = kind(config, D_IN, D_OUT if transcoder else None).double()
     x = torch.randn(ROWS, D_IN, generator=generator, dtype=torch.float64) * 3 + 1
     target = torch.randn(ROWS, D_OUT, generator=generator, dtype=torch.float64) if transcoder else None
