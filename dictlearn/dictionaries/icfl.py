@@ -72,13 +72,17 @@ class ICFL(Dictionary):
         return ops.decode(codes.values, codes.indices, self.atoms) @ self.unwhiten + self.mean
 
     def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
-        """Squared error of the unit rows; the codes are constants, only the atoms learn."""
-        unit_BD, length_B1 = self._unit_rows(x)
-        values_BK, indices_BK = self._pursue(unit_BD)
-        rebuilt_BD = ops.decode(values_BK, indices_BK, self.atoms)
-        mse = (unit_BD - rebuilt_BD).square().sum(dim=1).mean()
-        codes = Codes(indices_BK, values_BK * length_B1, self.d_sae)
-        output_BD = (rebuilt_BD.detach() * length_B1) @ self.unwhiten + self.mean
+        """Squared error of the unit rows; the codes are constants, only the atoms learn.
+
+        Autocast is off: residuals are differences of inner products, and bfloat16 has no digits left for them.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            unit_BD, length_B1 = self._unit_rows(x)
+            values_BK, indices_BK = self._pursue(unit_BD)
+            rebuilt_BD = ops.decode(values_BK, indices_BK, self.atoms)
+            mse = (unit_BD - rebuilt_BD).square().sum(dim=1).mean()
+            codes = Codes(indices_BK, values_BK * length_B1, self.d_sae)
+            output_BD = (rebuilt_BD.detach() * length_B1) @ self.unwhiten + self.mean
         return Loss(mse, {"mse": mse.detach()}, codes, output_BD)
 
     @torch.no_grad()
