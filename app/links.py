@@ -48,14 +48,16 @@ class RunsLink(Link):
 class CompareLink(Link):
     """Runs on one ``store`` and ``hooks`` (as `run_comparison.Group` spells them), and two of them by their latents.
 
-    ``runs`` are names separated by commas; none means all that are evaluated. ``sort`` and ``ascending`` order the
-    table of runs. The latents of ``a`` and ``b`` are matched; ``show`` and ``page`` say which of them are listed.
+    ``runs`` are names separated by commas; none means all that are evaluated. ``at`` is one of several hooks that are
+    rebuilt, to show the numbers of alone. ``sort`` and ``ascending`` order the table of runs. The latents of ``a`` and
+    ``b`` are matched; ``show`` and ``page`` say which of them are listed.
     """
 
     path: ClassVar[str] = "compare"
     store: str = ""
     hooks: str = ""
     runs: str = ""
+    at: str = ""
     sort: str = ""
     ascending: int = 0
     a: str = ""

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dictlearn.training.configs import TrainConfig
@@ -29,6 +29,9 @@ SPARSITY = frozenset(
 
 DERIVED = {"alive_share": "dead_share", "ce_increase": "ce_spliced"}
 """Numbers that follow from those of an evaluation, and the one that each is listed after."""
+
+SPARSENESS = ("rows", "l0", "dead_share", "rare_share")
+"""What a dictionary of several hooks has once."""
 
 LABELLED = 2
 """Settings named beside a kind, where several curves are of that kind."""
@@ -104,11 +107,12 @@ class Measured:
 
 def measured(run: RunHistory) -> Measured:
     evaluation = run.evaluation or {}
+    tokens = [count(part, "tokens") for part in (run.final, *run.by_hook.values())]
     return Measured(
         fingerprint=str(evaluation.get("store_fingerprint") or ""),
         split=str(evaluation.get("split") or ""),
         rows=count(evaluation.get("reconstruction"), "rows"),
-        tokens=count(evaluation.get("downstream"), "tokens"),
+        tokens=next((number for number in tokens if number is not None), None),
     )
 
 
@@ -148,6 +152,19 @@ def numbers(run: RunHistory) -> dict[str, float]:
     return found
 
 
+def at_hook(run: RunHistory, hook: str) -> RunHistory:
+    """The run with the numbers of one of its hooks in place of those of all; how sparse it is stays."""
+    evaluation = run.evaluation or {}
+    sparsity = {name: value for name, value in run.final.items() if name in SPARSENESS}
+    alone = {"reconstruction": sparsity | run.by_hook.get(hook, {}), "downstream": None}
+    return replace(run, evaluation=evaluation | alone)
+
+
+def hooks_measured(runs: Sequence[RunHistory]) -> list[str]:
+    """The hooks that any of the runs was measured at alone."""
+    return list(dict.fromkeys(hook for run in runs for hook in run.by_hook))
+
+
 def metric_names(runs: Sequence[RunHistory]) -> list[str]:
     """What any of the runs was measured by, in the order of the evaluations."""
     return list(dict.fromkeys(name for run in runs for name in numbers(run)))
@@ -168,13 +185,13 @@ def usable(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def as_csv(runs: Sequence[RunHistory]) -> str:
-    """A line for each run, every number with all of its digits."""
+def as_csv(runs: Sequence[RunHistory], at: str = "") -> str:
+    """A line for each run, every number with all of its digits; ``at`` is the hook that they are of, "" for all."""
     names = metric_names(runs)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["run", "kind", "latents", "seed", "store", "store_fingerprint", "hook_in", "hook_out", "split", *names]
+        ["run", "kind", "latents", "seed", "store", "store_fingerprint", "hook_in", "hook_out", "at", "split", *names]
     )
     for run in runs:
         found, on = numbers(run), measured(run)
@@ -187,6 +204,7 @@ def as_csv(runs: Sequence[RunHistory]) -> str:
                 evaluated_on(run),
                 on.fingerprint,
                 *hooks,
+                at,
                 on.split,
                 *(found.get(name, "") for name in names),
             ]

@@ -97,15 +97,21 @@ class RunHistory:
 
     @property
     def final(self) -> dict[str, float]:
-        """The numbers of the evaluation by name; what it has of each hook is called so."""
-        sections = (self.evaluation or {}).get("reconstruction"), (self.evaluation or {}).get("downstream")
-        return {
-            name: value
-            for section in sections
-            if isinstance(section, dict)
-            for name, value in flattened(section).items()
-            if isinstance(value, int | float)
-        }
+        """The numbers of the evaluation by name, without those of single hooks."""
+        evaluation = self.evaluation or {}
+        return only_numbers(evaluation.get("reconstruction")) | only_numbers(evaluation.get("downstream"))
+
+    @property
+    def by_hook(self) -> dict[str, dict[str, float]]:
+        """What was measured at each hook alone, of a dictionary that rebuilds several."""
+        found = (self.evaluation or {}).get("by_hook")
+        return {str(hook): only_numbers(some) for hook, some in found.items()} if isinstance(found, dict) else {}
+
+
+def only_numbers(section: Any) -> dict[str, float]:
+    """The numbers of a part of an evaluation; none where it is damaged."""
+    there = section.items() if isinstance(section, dict) else ()
+    return {str(name): value for name, value in there if isinstance(value, int | float)}
 
 
 def read_run(folder: Path) -> RunHistory:

@@ -18,8 +18,10 @@ from dictlearn_app.run_comparison import (
     Curve,
     Group,
     as_csv,
+    at_hook,
     curves,
     groups,
+    hooks_measured,
     measured,
     metric_names,
     numbers,
@@ -83,13 +85,15 @@ def draw() -> None:
     shown = chosen(group, link)
     sheet([*lost(group, link, names), *to_evaluate(group), *cautions(group, shown)], "compare.notices")
     if shown:
+        at = choose_hook(shown, link)
+        shown = [at_hook(run, at) for run in shown] if at else shown
         made = curves(shown)
         draw_tradeoffs(made, "compare.curves")
         in_order = ordered(shown, link.sort, bool(link.ascending))
         sheet(every_metric(in_order, made, link), "compare.table")
         st.download_button(
             "Download as CSV",
-            as_csv(in_order),
+            as_csv(in_order, at),
             file_name="comparison.csv",
             mime="text/csv",
             key="compare.csv",
@@ -149,6 +153,28 @@ def choose(found: Sequence[Group], link: links.CompareLink) -> Group | None:
                 placeholder=f"all {len(among)} evaluated runs",
             )
     return group
+
+
+def choose_hook(shown: Sequence[RunHistory], link: links.CompareLink) -> str:
+    """Of dictionaries that rebuild several hooks, the one to show the numbers of; "" for all together."""
+    hooks = hooks_measured(shown)
+    if hooks:
+        at = link.at if link.at in hooks else ""
+        controls.choice(
+            "Measured at",
+            ["", *hooks],
+            at,
+            lambda hook: replace(link, at=hook),
+            "compare.at",
+            width=360,
+            written={"": f"all {len(hooks)} hooks together"},
+        )
+        if at != link.at:
+            sheet(
+                [problem(f"These runs rebuild no hook {link.at!r}; all hooks are shown together.")], "compare.no_hook"
+            )
+        return at
+    return ""
 
 
 def counted(group: Group) -> str:
@@ -300,7 +326,7 @@ def differences(runs: Sequence[RunHistory], made: Sequence[Curve]) -> list[Block
     place = {run.name: i for i, run in enumerate(runs)}
     members = [[place[run.name] for point in curve.points for run in point] for curve in made]
     rows = {
-        key: [", ".join(dict.fromkeys(short(values[i]) for i in some)) for some in members]
+        key.replace("_", " "): [", ".join(dict.fromkeys(short(values[i]) for i in some)) for some in members]
         for key, values in settings.items()
     }
     return [title, side_by_side([curve.label for curve in made], rows, of="kind")]

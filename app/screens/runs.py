@@ -24,6 +24,9 @@ SIDE_BY_SIDE = 6
 """As many runs have a column each; of more, each has a line, which ends with these numbers of its last batch."""
 ENDED = ("fvu", "l0", "dead_share")
 
+AT_EACH_HOOK = ("fvu", "loss_recovered")
+"""Numbers that are listed of each hook, where a dictionary rebuilds several."""
+
 
 def draw() -> None:
     link = router.asked(links.RunsLink)
@@ -186,20 +189,33 @@ def going_on(runs: Sequence[RunHistory]) -> list[Block]:
 def final_numbers(runs: Sequence[RunHistory]) -> list[Block]:
     """evaluation.json of each run, a column each; bold marks nothing: which is better depends on the question."""
     evaluated = [run for run in runs if run.final]
-    names = dict.fromkeys(name for run in evaluated for name in run.final)
+    found = [
+        {name.replace("_", " "): value for name, value in run.final.items()} | at_each_hook(run) for run in evaluated
+    ]
+    names = dict.fromkeys(name for numbers in found for name in numbers)
     waiting = [run.name for run in runs if run.finished and not run.final]
     page: list[Block] = []
     if evaluated:
-        numbers = {name: [short(run.final.get(name)) for run in evaluated] for name in names}
+        lines = {name: [short(numbers.get(name)) for numbers in found] for name in names}
         page = [
             section("Measured on held-out documents", "cross-entropies in nats per token"),
-            side_by_side([run.name for run in evaluated], numbers),
+            side_by_side([run.name for run in evaluated], lines),
         ]
     if waiting:
         others = f"; {len(waiting) - 1} more are not measured yet" if len(waiting) > 1 else ""
         line = f"dictlearn evaluate {waiting[0]}{in_workspace(loading.workspace())}"
         page.append(command(line, f"measures this run on held-out documents{others}"))
     return page
+
+
+def at_each_hook(run: RunHistory) -> dict[str, float]:
+    """Of a dictionary that rebuilds several hooks, how well it does at each; Compare has the rest."""
+    return {
+        f"{name.replace('_', ' ')} at {hook}": found[name]
+        for name in AT_EACH_HOOK
+        for hook, found in run.by_hook.items()
+        if name in found
+    }
 
 
 def configurations(runs: Sequence[RunHistory]) -> list[Block]:
@@ -220,21 +236,20 @@ def configurations(runs: Sequence[RunHistory]) -> list[Block]:
 
 
 def written(settings: dict[str, list[Any]]) -> dict[str, list[str]]:
-    return {key: [short(value) for value in values] for key, values in settings.items()}
+    return {key.replace("_", " "): [short(value) for value in values] for key, values in settings.items()}
 
 
 def side_by_side(columns: Sequence[str], rows: dict[str, list[str]], of: str = "run") -> Block:
     """Names down the side and a column for each run (or whatever they are ``of``); of many, a line for each."""
-    names = [name.replace("_", " ") for name in rows]
     if len(columns) > SIDE_BY_SIDE:
         return table(
-            [column(of), *(column(name, "right") for name in names)],
+            [column(of), *(column(name, "right") for name in rows)],
             [row([run, *(values[i] for values in rows.values())]) for i, run in enumerate(columns)],
             dense=True,
             pinned=True,
         )
     return table(
         [column("", muted=True), *(column(name, "right") for name in columns)],
-        [row([name, *values]) for name, values in zip(names, rows.values(), strict=True)],
+        [row([name, *values]) for name, values in rows.items()],
         dense=True,
     )

@@ -97,6 +97,31 @@ def test_of_many_runs_each_kind_has_a_line_of_its_values(screen: Open, own: Path
     assert screen("compare", workspace=own).table(1) == [["dictionary.k", "2, 4, 8, 16, 32"], ["seed", "0, 1"]]
 
 
+def test_of_several_hooks_the_numbers_of_one_can_be_shown(screen: Open, own: Path) -> None:
+    hooks = [f"blocks.{layer}.hook_mlp_out" for layer in range(3)]
+    for seed in (0, 1):
+        by_hook = {hook: {"fvu": 0.1 * (1 + i), "loss_recovered": 0.9} for i, hook in enumerate(hooks)}
+        folder = add_run(own, f"across-{seed}", seed=seed, downstream=None, by_hook=by_hook)
+        description = json.loads((folder / "dictionary" / "dictionary.json").read_text())
+        description["provenance"] |= {"hook_in": hooks, "hook_out": hooks}
+        (folder / "dictionary" / "dictionary.json").write_text(json.dumps(description))
+    compare = screen("compare", workspace=own, store="stdlib", hooks="blocks.0–2.hook_mlp_out")
+    assert names(compare) == ["across-0", "across-1"]
+    assert compare.test.selectbox(key="compare.at").options == ["all 3 hooks together", *hooks]
+    compare.test.selectbox(key="compare.at").select(hooks[2])
+    compare.run()
+    assert compare.address["at"] == hooks[2]
+    points = compare.payloads["compare.curves"]["panels"][0]["series"][0]["points"]
+    assert [seed["y"] for seed in points[0]["seeds"]] == [pytest.approx(0.3)] * 2
+    gone = screen("compare", workspace=own, hooks="blocks.0–2.hook_mlp_out", at="blocks.9.hook_mlp_out")
+    assert any("rebuild no hook 'blocks.9.hook_mlp_out'" in notice for notice in gone.notices)
+    home = screen("home", workspace=own)
+    assert {row[0]: row[1] for row in home.table(1)}["across-0"].startswith("topk of blocks.0–2.hook_mlp_out")
+    runs = screen("runs", workspace=own, runs="across-0")
+    assert runs.table(0)[0][2] == "blocks.0–2.hook_mlp_out"
+    assert {row[0]: row[1] for row in runs.table(1)}["fvu at blocks.2.hook_mlp_out"] == "0.3000"
+
+
 def test_the_table_can_be_taken_along(screen: Open) -> None:
     compare = screen("compare")
     button = next(one for one in elements_of(compare) if one.type == "download_button")

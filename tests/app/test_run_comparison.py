@@ -11,8 +11,10 @@ import pytest
 from dictlearn_app import hook_names
 from dictlearn_app.run_comparison import (
     as_csv,
+    at_hook,
     curves,
     groups,
+    hooks_measured,
     measured,
     metric_names,
     numbers,
@@ -175,13 +177,28 @@ def test_shares_and_differences_stand_beside_what_they_follow_from() -> None:
     assert numbers(run("b", l0=None)) == {}
 
 
-def test_numbers_of_each_hook_have_names_of_their_own_and_text_is_no_number() -> None:
-    each = {"fvu": 0.5, "fvu_by_hook": {"a": 0.25, "b": 0.75}, "note": "text", "list": [1], "none": None}
-    assert numbers(run("a", evaluation={"reconstruction": each})) == {
-        "fvu": 0.5,
-        "fvu_by_hook.a": 0.25,
-        "fvu_by_hook.b": 0.75,
+def test_what_is_no_number_is_left_out() -> None:
+    odd = {"fvu": 0.5, "nested": {"a": 0.25}, "note": "text", "list": [1], "none": None}
+    assert numbers(run("a", evaluation={"reconstruction": odd, "downstream": [1]})) == {"fvu": 0.5}
+    assert run("a", measured_on={"by_hook": 5}).by_hook == {}
+    assert run("a", measured_on={"by_hook": {"b": 5, "c": {"fvu": 1, "note": ""}}}).by_hook == {
+        "b": {},
+        "c": {"fvu": 1},
     }
+
+
+def test_of_several_hooks_one_can_be_looked_at_alone() -> None:
+    by_hook = {"a": {"fvu": 0.1, "tokens": 990, "ce_clean": 2.0, "ce_spliced": 2.25}, "b": {"fvu": 0.3}}
+    several = run("several", hook=["a", "b"], measured_on={"by_hook": by_hook, "downstream": None})
+    assert hooks_measured([run("x"), several]) == ["a", "b"]
+    assert measured(several).tokens == 990
+    alone = numbers(at_hook(several, "a"))
+    assert (alone["fvu"], alone["ce_increase"], alone["l0"], alone["alive_share"]) == (0.1, 0.25, 8, 0.75)
+    assert numbers(at_hook(several, "b")).keys() == {"rows", "fvu", "l0", "dead_share", "alive_share"}
+    assert numbers(several)["fvu"] == 0.2
+    assert "fvu" not in numbers(at_hook(several, "gone"))
+    (line,) = csv.DictReader(io.StringIO(as_csv([at_hook(several, "b")], at="b")))
+    assert (line["at"], line["hook_in"], line["fvu"]) == ("b", "a+b", "0.3")
 
 
 def test_runs_are_ordered_by_a_number_and_those_without_come_last() -> None:
