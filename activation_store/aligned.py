@@ -64,6 +64,11 @@ class AlignedStores(Store):
             )
         return self.first, self.first.hook(name).name
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of them are."""
+        return all(store.complete for store in self.together)
+
     def refresh(self) -> AlignedStores:
         return AlignedStores([store.refresh() for store in self.stores.values()])
 

@@ -177,11 +177,11 @@ def store(args: list[str]) -> None:
 
 
 def index(args: list[str]) -> None:
-    from dictlearn.feature_index.command import IndexConfig, check, run_index
+    from dictlearn.feature_index.command import IndexConfig, dry_run, run_index
 
     call = parse("index", IndexConfig, args)
     if call.dry_run:
-        say(call, check(call.config, Workspace(call.workspace))[1], reports.plan)
+        say(call, dry_run(call.config, Workspace(call.workspace)), reports.plan)
         return
     path = run_index(call.config, Workspace(call.workspace), terminal.TerminalProgress())
     terminal.print_line(f"{path}: browse it with `dictlearn app`.")

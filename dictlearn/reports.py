@@ -184,6 +184,8 @@ def feature(page: FeaturePage) -> None:
     print_line(
         f"Latent {page.latent} of {page.d_sae}: fires in {page.count:,} of {page.rows:,} rows ({page.density:.3%})."
     )
+    if page.writes_to:
+        print_line("writes to: " + ", ".join(f"{each.hook} {each.share:.0%}" for each in page.writes_to))
     for band in page.bands[:1]:
         for strip in band.strips[:10]:
             print_line(f"{strip.value:10.3f}  {in_brackets(strip)}   {strip.document} ({strip.split})")

@@ -12,6 +12,7 @@ import errno
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from activation_store.errors import UserError
 from activation_store.harvest.language_model import load_tokenizer
@@ -21,13 +22,16 @@ from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import load
 from dictlearn.feature_index.command import IndexWork, building_folder
 from dictlearn.feature_index.decoder import (
+    evened,
     load_unembedding,
     logit_effects,
     logits_in_words,
     neighbours,
-    writes_to_stream,
+    reaching_the_end,
+    why_no_logits,
 )
 from dictlearn.feature_index.encode import Part, encode_parts
+from dictlearn.feature_index.plan import plan, refuse_full_disk, sample
 from dictlearn.feature_index.spec import (
     ARRAYS,
     FORMAT_VERSION,
@@ -49,12 +53,14 @@ def build(work: IndexWork, progress: Progress) -> Path:
 
     Raises:
         UserError: another process builds it; the model cannot be loaded; an activation is not finite; memory_mb is too
-            small for a latent; the disk is full or cannot be written.
+            small for a latent; the disk has too little room, is full or cannot be written.
     """
-    plan = {"format_version": FORMAT_VERSION, **dataclasses.asdict(work.made_from)}
+    dictionary = load(work.files.dictionary, work.device)
+    refuse_full_disk(work.path, plan(work, sample(dictionary, work)))
+    made_from = {"format_version": FORMAT_VERSION, **dataclasses.asdict(work.made_from)}
     try:
-        with Staging(building_folder(work.path), plan) as staging:
-            return _build(work, staging, progress)
+        with Staging(building_folder(work.path), made_from) as staging:
+            return _build(work, dictionary, staging, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -64,15 +70,14 @@ def build(work: IndexWork, progress: Progress) -> Path:
         raise UserError(f"The index {str(work.path)!r} cannot be written: {error.strerror or error}.") from error
 
 
-def _build(work: IndexWork, staging: Staging, progress: Progress) -> Path:
+def _build(work: IndexWork, dictionary: Dictionary, staging: Staging, progress: Progress) -> Path:
     made = work.made_from
     memory_bytes = work.memory_mb * 2**20
-    dictionary = load(work.files.dictionary, work.device)
 
     _copy_text(work, staging)
     words = _decoder(work, dictionary, staging, progress)
     with progress.task(f"encoding {made.store} with {made.run}", total=made.rows, unit="rows") as task:
-        parts = encode_parts(dictionary, work.store, made.hook_in, made.rows, memory_bytes // 2, staging, task)
+        parts = encode_parts(dictionary, work.store, work.hooks_in, made.rows, memory_bytes // 2, staging, task)
     counts_S = count_by_latent(parts, made.d_sae)
     edges = _transpose(work, parts, counts_S, staging, progress, memory_bytes)
 
@@ -84,7 +89,7 @@ def _build(work: IndexWork, staging: Staging, progress: Progress) -> Path:
         rows_held_out=int(np.diff(_held_out(work), axis=1).sum()),
         histogram_edges=tuple(edges.tolist()),
         logits=words,
-        has_logits=made.logits and writes_to_stream(made.hook_out),
+        has_logits=made.logits and why_no_logits(work.hooks_out, made.aligned_stores) is None,
         files={key: checksum((staging.index / key).read_bytes()) for key in keys},
     )
     staging.write_metadata(sizes, manifest.to_bytes())
@@ -140,6 +145,7 @@ def _sizes(work: IndexWork, staging: Staging, activations: int, bins: int) -> Si
         V=work.model.vocab_size,
         P=sum(map(len, token_bytes(load_tokenizer(work.model), work.model.vocab_size))),
         H=bins,
+        M=len(work.hooks_out) if len(work.hooks_out) > 1 else 0,
     )
 
 
@@ -148,30 +154,35 @@ def _sizes(work: IndexWork, staging: Staging, activations: int, bins: int) -> Si
 
 def _decoder(work: IndexWork, dictionary: Dictionary, staging: Staging, progress: Progress) -> str:
     """Neighbours and logits; returns the logits in words. Done first: a model that cannot be loaded is told at once."""
-    made = work.made_from
+    made, hooks = work.made_from, work.hooks_out
     W_dec_SO = dictionary.W_dec.detach().cpu()
-    has_logits = made.logits and writes_to_stream(made.hook_out)
     if not staging.is_done("neighbours"):
         with (
             staging.step("neighbours"),
             progress.task("comparing decoder rows", total=made.d_sae, unit="latents") as task,
         ):
-            latents, cosines = neighbours(W_dec_SO, task.advance)
+            W_even_SO, norms_SM = evened(W_dec_SO, dictionary)
+            latents, cosines = neighbours(W_even_SO, task.advance)
             staging.write_array("neighbours/latents", latents)
             staging.write_array("neighbours/cosines", cosines)
+            staging.write_array("decoder/norms", norms_SM.numpy())
     words = staging.folder / "logits.txt"
     if not staging.is_done("logits"):
         with staging.step("logits"):
-            end = None
+            end, why_not = None, why_no_logits(hooks, made.aligned_stores)
             tokens, values = np.full((made.d_sae, LISTED), -1), np.full((made.d_sae, LISTED), np.nan)
             found = (tokens, values, tokens, values)
-            if has_logits:
+            if made.logits and why_not is None:
                 end = load_unembedding(work.model, known_tokens(load_tokenizer(work.model), work.model.vocab_size))
+                reaching = reaching_the_end(hooks)
+                written = W_dec_SO.split(dictionary.output_parts, dim=1)
                 with progress.task("logits of every latent", total=made.d_sae, unit="latents") as task:
-                    found = logit_effects(W_dec_SO, end, task.advance)
+                    found = logit_effects(
+                        torch.stack([written[part] for part in reaching]).sum(dim=0), end, task.advance
+                    )
             for name, array in zip(("top_tokens", "top_values", "bottom_tokens", "bottom_values"), found, strict=True):
                 staging.write_array(f"logits/{name}", array)
-            text = logits_in_words(made.hook_out, made.logits, end)
+            text = logits_in_words(hooks, made.logits, why_not, end)
             staging.write_file(words, text.encode(), subject="words")
     return words.read_text()
 

@@ -13,8 +13,7 @@ import tyro
 from activation_store.errors import UserError
 from activation_store.foreign import has_tokens
 from activation_store.progress import NoProgress, Progress
-from dictlearn.dictionaries import config_class
-from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe
+from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe, hooks_of
 from dictlearn.feature_index.spec import IndexManifest, MadeFrom
 from dictlearn.workspace import RunFiles, Workspace
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 LEAST_MEMORY_MB = 128
 MOST_ROWS = 2**31 - 1
 """Rows are kept as int32: with 32 activations a row, an index of that many rows has 500 GB."""
-
-BYTES_PER_SLOT = 20
-"""On disk while an index is built: 8 for an activation in the index, 12 in the parts it is sorted from."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,14 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What `dictlearn index --dry-run` prints."""
+    """What `dictlearn index --dry-run` prints; the last four as ``rows_sampled`` rows of the store let expect them."""
 
     index: str
     rows: int
     d_sae: int
-    activations_at_most: int
+    rows_sampled: int
+    active_per_row: float
+    activations: int
     bytes_on_disk: int
     bytes_while_building: int
 
@@ -72,20 +70,37 @@ class IndexWork:
     made_from: MadeFrom
     files: RunFiles
     store: Store
+    hooks_in: tuple[str, ...]
+    hooks_out: tuple[str, ...]
     model: ModelSpec
     memory_mb: int
     device: str
 
 
-def check(config: IndexConfig, workspace: Workspace) -> tuple[IndexWork, IndexPlan]:
+def dry_run(config: IndexConfig, workspace: Workspace) -> IndexPlan:
+    """What an index would be, and take; some rows are encoded to know.
+
+    Raises:
+        UserError: see `check`; also too little disk for one that is not there.
+    """
+    work = check(config, workspace)
+    from dictlearn.dictionaries.files import load
+    from dictlearn.feature_index.plan import plan, refuse_full_disk, sample
+
+    planned = plan(work, sample(load(work.files.dictionary, work.device), work))
+    if not is_made(work.path, work.made_from):
+        refuse_full_disk(work.path, planned)
+    return planned
+
+
+def check(config: IndexConfig, workspace: Workspace) -> IndexWork:
     """Everything that can be refused before torch is imported.
 
     Raises:
         UserError: no such run or store, an unfinished run or store, a store of another model or without the hook, a
-            model that is gone or has changed, an index of that name made from something else, too little disk.
+            model that is gone or has changed, an index of that name made from something else.
     """
     from activation_store.harvest.language_model import resolve_model
-    from activation_store.store import open_store
 
     _check_numbers(config)
     files = workspace.existing_run(config.run)
@@ -95,9 +110,14 @@ def check(config: IndexConfig, workspace: Workspace) -> tuple[IndexWork, IndexPl
         )
     description = describe(files.dictionary)
     trained_on = description["provenance"]
-    store_name = config.store or trained_on["store"]["name"]
-    store = open_store(workspace.existing_store(store_name))
-    _check_store(store, config.run, trained_on, description["d_in"])
+    store_name, aligned = config.store or trained_on["store"]["name"], trained_on.get("aligned_stores", [])
+    if aligned and config.store is not None:
+        raise UserError(f"The run {config.run!r} is of several aligned stores; leave --store out.")
+    store = workspace.open_store(store_name, [other["name"] for other in aligned])
+    hooks_in, hooks_out = hooks_of(trained_on)
+    for each, made_by in zip(store.together, [trained_on, *aligned], strict=True):
+        _check_model(each, config.run, made_by["model"])
+    _check_store(store, config.run, hooks_in, description.get("input_parts", [description["d_in"]]))
     rows = min(store.rows, config.rows or store.rows)
     if rows > MOST_ROWS:
         raise UserError(
@@ -126,21 +146,21 @@ def check(config: IndexConfig, workspace: Workspace) -> tuple[IndexWork, IndexPl
         rows=rows,
         logits=config.logits,
         coactive=config.coactive,
+        aligned_stores=[other["name"] for other in aligned],
+        aligned_fingerprints=[other.fingerprint for other in store.together[1:]],
     )
     path = workspace.index(config.name or files.name)
-    plan = _plan(path, made_from, description["config"])
-    if not is_made(path, made_from):
-        _check_disk(path, plan)
-    return IndexWork(path, made_from, files, store, model, config.memory_mb, config.device), plan
+    is_made(path, made_from)
+    return IndexWork(path, made_from, files, store, hooks_in, hooks_out, model, config.memory_mb, config.device)
 
 
 def run_index(config: IndexConfig, workspace: Workspace, progress: Progress | None = None) -> Path:
     """Build an index, or continue one, or return at once when it is there already. Returns its folder.
 
     Raises:
-        UserError: see `check`; also another process that builds the same index, and a disk that fills up.
+        UserError: see `check`; also another process that builds the same index, and too little disk.
     """
-    work, _ = check(config, workspace)
+    work = check(config, workspace)
     if is_made(work.path, work.made_from):
         # All that a kill between naming the index and clearing up can leave.
         shutil.rmtree(building_folder(work.path), ignore_errors=True)
@@ -173,6 +193,7 @@ def is_made(path: Path, made_from: MadeFrom) -> bool:
 IDENTITY = {
     "dictionary_fingerprint": "dictionary",
     "store_fingerprint": "store",
+    "aligned_fingerprints": "aligned store",
     "model_fingerprint": "model",
     "rows": "number of rows",
     "logits": "choice of logits",
@@ -207,63 +228,39 @@ def _check_numbers(config: IndexConfig) -> None:
         raise UserError(f"memory_mb is {config.memory_mb}; it must be at least {LEAST_MEMORY_MB}.")
 
 
-def _check_store(store: Store, run: str, trained_on: dict[str, Any], d_in: int) -> None:
-    name = store.name
+def _check_model(store: Store, run: str, trained_on: dict[str, Any]) -> None:
     made_by = store.provenance["model"]
-    if made_by["fingerprint"] != trained_on["model"]["fingerprint"]:
+    if made_by["fingerprint"] != trained_on["fingerprint"]:
         raise UserError(
-            f"The store {name!r} was made by the model {made_by['name']!r}, the run {run!r} was trained on "
-            f"{trained_on['model']['name']!r}; name a store of that model."
+            f"The store {store.name!r} was made by the model {made_by['name']!r}, the run {run!r} was trained on "
+            f"{trained_on['name']!r}; name a store of that model."
         )
+
+
+def _check_store(store: Store, run: str, hooks: tuple[str, ...], widths: list[int]) -> None:
+    name = store.name
     if not has_tokens(store):
         raise UserError(
             f"The store {name!r} has no tokens: it was imported from a file without them. A feature page shows text: "
             "index a store that has some."
         )
-    hook = trained_on["hook_in"]
-    if hook not in store.hooks:
-        raise UserError(
-            f"The store {name!r} has no hook {hook!r}, which the run {run!r} encodes; it holds "
-            f"{', '.join(store.hooks)}. Name a store that has it."
-        )
-    if store.d(hook) != d_in:
-        raise UserError(
-            f"The run {run!r} encodes rows of {d_in} values, those of {hook!r} in {name!r} have {store.d(hook)}; "
-            "name the store it was trained on."
-        )
-    if not store.complete:
-        raise UserError(
-            f"The store {name!r} has {store.rows:,} of {store.manifest.rows_planned:,} rows; run its "
-            "`dictlearn harvest` again to finish it, then index it."
-        )
-
-
-def _plan(path: Path, made_from: MadeFrom, config: dict[str, Any]) -> IndexPlan:
-    """Exact for dictionaries whose config knows how many latents fire at most; for others, if a row had 64."""
-    k = getattr(config_class(made_from.kind)(**config), "k", 64)
-    slots = made_from.rows * k
-    return IndexPlan(
-        index=str(path),
-        rows=made_from.rows,
-        d_sae=made_from.d_sae,
-        activations_at_most=slots,
-        bytes_on_disk=8 * slots + 8 * made_from.rows,
-        bytes_while_building=BYTES_PER_SLOT * slots + 8 * made_from.rows,
-    )
-
-
-def _check_disk(path: Path, plan: IndexPlan) -> None:
-    folder = next(parent for parent in (path.parent, *path.parent.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    # What an interrupted build has left there will be used again, or removed.
-    building = building_folder(path)
-    if building.exists():
-        free += sum(file.stat().st_blocks * 512 for file in building.rglob("*") if file.is_file())
-    if free < plan.bytes_while_building:
-        raise UserError(
-            f"Building the index {path.name!r} takes up to {plan.bytes_while_building / 1e9:.1f} GB, the disk of "
-            f"{str(folder)!r} has {free / 1e9:.1f} GB free; free some space, or set rows."
-        )
+    for hook, d in zip(hooks, widths, strict=True):
+        if hook not in store.hooks:
+            raise UserError(
+                f"The store {name!r} has no hook {hook!r}, which the run {run!r} encodes; it holds "
+                f"{', '.join(store.hooks)}. Name a store that has it."
+            )
+        if store.d(hook) != d:
+            raise UserError(
+                f"The run {run!r} encodes rows of {d} values, those of {hook!r} in {name!r} have {store.d(hook)}; "
+                "name the store it was trained on."
+            )
+    for each in store.together:
+        if not each.complete:
+            raise UserError(
+                f"The store {each.name!r} has {each.rows:,} of {each.manifest.rows_planned:,} rows; run its "
+                "`dictlearn harvest` again to finish it, then index it."
+            )
 
 
 def building_folder(path: Path) -> Path:

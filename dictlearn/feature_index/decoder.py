@@ -9,13 +9,21 @@ later layers left out and the norm's denominator, which depends on the whole str
 A constant added to all logits changes no probability, hence the mean over the vocabulary is taken out. Divide by the
 length scale of the residual stream in front of the final norm to get logits; the order of tokens is right as it stands.
 
-Axes: S latents, O output width, V vocabulary, T listed.
+Several hooks. What a latent writes to several places of one model reaches the end together: rows for what is added to
+the stream (the outputs of attention and MLP) are summed. The stream itself, further up, is all that was added before,
+so where it is rebuilt the last such row counts, and of the others those for what is added after it. Models that were
+harvested into aligned stores have an end each, so that there is no one effect on logits.
+
+Neighbours of several hooks are compared by their whole rows, each hook in units of its own spread, or else the hook
+with the largest activations would decide.
+
+Axes: S latents, O output width (of all hooks), M rebuilt hooks, V vocabulary, T listed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,18 +32,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dictlearn.dictionaries.parts import norms_of_parts
 from dictlearn.feature_index.spec import LISTED
 
 if TYPE_CHECKING:
     from activation_store.harvest.language_model import ModelSpec
+    from dictlearn.dictionaries.base import Dictionary
 
 BLOCK_VALUES = 1 << 22
 """Products in memory at a time: 16 MiB in float32."""
 
-WRITES_TO_STREAM = re.compile(
-    r"(blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|(attn|mlp)\.hook_out|hook_in|hook_out)"
-    r"|hook_embed|hook_pos_embed|embed\.hook_out|pos_embed\.hook_out)"
+PLACES_IN_BLOCK = (
+    (True, re.compile(r"hook_resid_pre|hook_in")),
+    (False, re.compile(r"hook_attn_out|attn\.hook_out")),
+    (True, re.compile(r"hook_resid_mid")),
+    (False, re.compile(r"hook_mlp_out|mlp\.hook_out")),
+    (True, re.compile(r"hook_resid_post|hook_out")),
 )
+"""The hooks of a block that write to the residual stream, in order; and whether each is the stream itself, or what is
+added to it."""
+
+OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+EMBEDDING = re.compile(r"hook_embed|hook_pos_embed|embed\.hook_out|pos_embed\.hook_out")
+
+
+def evened(W_dec_SO: Tensor, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    """Decoder rows with each of several hooks in units of its spread, and their lengths in each hook.
+
+    Returns:
+        (S, O), and (S, M): the rows as they are and M = 0 where there is one hook.
+    """
+    parts = dictionary.output_parts
+    if len(parts) == 1:
+        return W_dec_SO, W_dec_SO.new_empty(len(W_dec_SO), 0)
+    spread_M = getattr(dictionary, "spread_of_parts", torch.ones(len(parts))).cpu()
+    W_even_SO = W_dec_SO / spread_M.repeat_interleave(torch.tensor(parts))
+    return W_even_SO, norms_of_parts(W_even_SO, parts)
 
 
 def neighbours(W_dec_SO: Tensor, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,19 +154,48 @@ def logit_effects(
     return tokens[0], values[0], tokens[1], values[1]
 
 
-def logits_in_words(hook_out: str, wanted: bool, end: Unembedding | None) -> str:
+def logits_in_words(hooks_out: Sequence[str], wanted: bool, why_not: str | None, end: Unembedding | None) -> str:
     """What the logits of an index are, or why it has none."""
     if not wanted:
         return "Not computed: the index was made with --no-logits."
     if end is None:
-        return f"Not defined: {hook_out} does not write into the residual stream."
+        return f"Not defined: {why_not}."
     norm = "LayerNorm's centring and gain" if end.centres else "the final norm's gain"
+    reaching = " + ".join(hooks_out[part] for part in reaching_the_end(hooks_out))
+    row = "decoder row" if len(hooks_out) == 1 else f"decoder row at {reaching}"
     return (
-        f"Direct effect of one unit of activation on the logits: decoder row, {norm}, unembedding; later layers left "
+        f"Direct effect of one unit of activation on the logits: {row}, {norm}, unembedding; later layers left "
         "out, the norm's denominator taken as 1, the mean over the vocabulary subtracted."
     )
 
 
+def why_no_logits(hooks_out: Sequence[str], aligned_stores: Sequence[str]) -> str | None:
+    """Why no effect on logits is defined, or None where one is."""
+    if aligned_stores:
+        return "the dictionary writes to the hooks of several models, and each has logits of its own"
+    elsewhere = [hook for hook in hooks_out if not writes_to_stream(hook)]
+    return f"{elsewhere[0]} does not write into the residual stream" if elsewhere else None
+
+
 def writes_to_stream(hook: str) -> bool:
     """Whether what is written at ``hook`` is added to the residual stream as it is."""
-    return WRITES_TO_STREAM.fullmatch(hook) is not None
+    return _place(hook) is not None
+
+
+def reaching_the_end(hooks_out: Sequence[str]) -> list[int]:
+    """Which of several hooks that write to the stream have rows that the logits see: see the top of this file."""
+    places = [place for hook in hooks_out if (place := _place(hook)) is not None]
+    last_stream = max((where for where, is_stream in places if is_stream), default=None)
+    return [part for part, (where, _) in enumerate(places) if last_stream is None or where >= last_stream]
+
+
+def _place(hook: str) -> tuple[tuple[int, int], bool] | None:
+    """``((block, place in the block), whether the stream itself is there)``; None for what is not of the stream."""
+    if EMBEDDING.fullmatch(hook):
+        return (-1, 0), False
+    if (of_block := OF_BLOCK.fullmatch(hook)) is None:
+        return None
+    for place, (is_stream, names) in enumerate(PLACES_IN_BLOCK):
+        if names.fullmatch(of_block[2]):
+            return (int(of_block[1]), place), is_stream
+    return None

@@ -10,7 +10,7 @@ Axes: B rows of a batch, P rows of a part, K slots per row, S latents.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,9 +67,15 @@ class Part:
 
 
 def encode_parts(
-    dictionary: Dictionary, store: Store, hook: str, rows: int, memory_bytes: int, staging: Staging, task: Task
+    dictionary: Dictionary,
+    store: Store,
+    hooks: Sequence[str],
+    rows: int,
+    memory_bytes: int,
+    staging: Staging,
+    task: Task,
 ) -> list[Part]:
-    """Encode rows 0..rows of ``hook``, or what is left of them, and return all parts in order of row.
+    """Encode rows 0..rows of ``hooks``, side by side, or what is left of them, and return all parts in order of row.
 
     Raises:
         UserError: an activation is not finite.
@@ -78,7 +84,7 @@ def encode_parts(
     next_row = parts[-1].stop if parts else 0
     task.advance(next_row)
     gathered: Gathered | None = None
-    for first, indices_BK, values_BK in _batches(dictionary, store, hook, next_row, rows):
+    for first, indices_BK, values_BK in _batches(dictionary, store, hooks, next_row, rows):
         if gathered is not None and not gathered.has_room(indices_BK):
             parts.append(_commit(staging, gathered, dictionary.d_sae))
             gathered = None
@@ -133,26 +139,36 @@ def batch_rows(d_sae: int) -> int:
     return max(16, min(8192, DENSE_VALUES // d_sae))
 
 
-@torch.inference_mode()
 def _batches(
-    dictionary: Dictionary, store: Store, hook: str, start: int, rows: int
+    dictionary: Dictionary, store: Store, hooks: Sequence[str], start: int, rows: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """``(first row, indices (B, K) int32, values (B, K) float32)``; the index of an empty slot is d_sae."""
+    """``(first row, indices (B, K), values (B, K))`` of batch after batch, as `encode_rows` gives them."""
     step = batch_rows(dictionary.d_sae)
-    device = next(iter(dictionary.buffers())).device
     for first in range(start, rows, step):
-        stop = min(first + step, rows)
-        x_BD = store.tensor(hook, first, stop).to(device).float().flatten(1)
-        codes = dictionary.encode(x_BD)
-        values_BK = codes.values.float().cpu().numpy()
-        if not np.isfinite(values_BK).all():
-            row = first + int(np.argmax(~np.isfinite(values_BK).all(axis=1)))
-            raise UserError(
-                f"Row {row} of the store {store.name!r} gives an activation that is not a number; verify the "
-                "store with `dictlearn store verify`, and look at the run's loss."
-            )
-        indices_BK = codes.indices.to(torch.int32).cpu().numpy()
-        yield first, np.where(values_BK == 0, np.int32(dictionary.d_sae), indices_BK), values_BK
+        yield first, *encode_rows(dictionary, store, hooks, first, min(first + step, rows))
+
+
+@torch.inference_mode()
+def encode_rows(
+    dictionary: Dictionary, store: Store, hooks: Sequence[str], start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(indices (B, K) int32, values (B, K) float32)`` of rows start..stop; the index of an empty slot is d_sae.
+
+    Raises:
+        UserError: an activation is not finite.
+    """
+    device = next(iter(dictionary.buffers())).device
+    parts = [store.tensor(hook, start, stop).to(device).float().flatten(1) for hook in hooks]
+    codes = dictionary.encode(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    values_BK = codes.values.float().cpu().numpy()
+    if not np.isfinite(values_BK).all():
+        row = start + int(np.argmax(~np.isfinite(values_BK).all(axis=1)))
+        raise UserError(
+            f"Row {row} of the store {store.name!r} gives an activation that is not a number; verify the "
+            "store with `dictlearn store verify`, and look at the run's loss."
+        )
+    indices_BK = codes.indices.to(torch.int32).cpu().numpy()
+    return np.where(values_BK == 0, np.int32(dictionary.d_sae), indices_BK), values_BK
 
 
 def _parts_there(staging: Staging) -> list[Part]:

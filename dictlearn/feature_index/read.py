@@ -41,6 +41,7 @@ __all__ = [
     "TokenFired",
     "TokenLogit",
     "TokenStrip",
+    "WritesTo",
     "feature_page",
     "open_index",
 ]
@@ -116,6 +117,20 @@ class CoActive:
 
 
 @dataclass(frozen=True)
+class WritesTo:
+    """One of several hooks that a latent is decoded into.
+
+    Attributes:
+        norm: length of its decoder row there, in units of the hook's spread (the root of its variance per coordinate).
+        share: that, divided by the sum over all hooks; 0 for a latent that writes nowhere.
+    """
+
+    hook: str
+    norm: float
+    share: float
+
+
+@dataclass(frozen=True)
 class FeaturePage:
     """Everything shown of one latent. Numbers that do not exist (of a latent that never fired) are None.
 
@@ -127,6 +142,7 @@ class FeaturePage:
         fires_on: the tokens that carry most of its activation.
         top_logits, bottom_logits: empty where ``logits_are`` says why there are none.
         provenance: what the index was made from (`spec.MadeFrom`): run, store, model, hooks, fingerprints.
+        writes_to: the hooks it is decoded into, where there are several.
     """
 
     latent: int
@@ -150,6 +166,7 @@ class FeaturePage:
     neighbours: tuple[Neighbour, ...]
     coactive: tuple[CoActive, ...]
     provenance: dict[str, Any]
+    writes_to: tuple[WritesTo, ...] = ()
 
     @property
     def run(self) -> str:
@@ -217,6 +234,17 @@ class FeatureIndex:
     def provenance(self) -> dict[str, Any]:
         """What the index was made from: run, store, model, hooks, fingerprints."""
         return dataclasses.asdict(self.manifest.made_from)
+
+    @property
+    def hooks_out(self) -> tuple[str, ...]:
+        """The hooks that latents are decoded into."""
+        hooks = self.manifest.made_from.hook_out
+        return (hooks,) if isinstance(hooks, str) else tuple(hooks)
+
+    def decoder_shares(self) -> np.ndarray:
+        """(d_sae, hooks) share of each hook in the sum of a latent's decoder norms; no columns where there is one."""
+        norms = self.array("decoder/norms")
+        return norms / np.maximum(norms.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
     def verify(self) -> None:
         """Compare every file with its checksum. Raises UserError naming the first that does not match."""
@@ -328,6 +356,8 @@ class FeatureIndex:
         count = self.array("latents/count")
         held_out = self.array("latents/held_out_count")
         coactive, together = self.array("coactive/latents")[:, 0], self.array("coactive/counts")[:, 0]
+        shares = self.decoder_shares() if len(self.hooks_out) > 1 else np.full((self.d_sae, 1), np.nan)
+        hooks = np.array(self.hooks_out if len(self.hooks_out) > 1 else [""], dtype=object)
         with np.errstate(divide="ignore", invalid="ignore"):
             either = count + count[coactive] - together
             return FeatureTable(
@@ -349,6 +379,8 @@ class FeatureIndex:
                 neighbour_cosine=self.array("neighbours/cosines")[:, 0],
                 coactive=coactive,
                 coactive_jaccard=np.where(coactive >= 0, together / either, np.nan),
+                writes_to=hooks[shares.argmax(axis=1)],
+                writes_to_share=shares.max(axis=1),
             )
 
     def table(self) -> FeatureTable:
@@ -416,6 +448,7 @@ def feature_page(
         neighbours=_neighbours(index, latent),
         coactive=_coactive(index, latent),
         provenance=index.provenance,
+        writes_to=_writes_to(index, latent),
     )
 
 
@@ -465,6 +498,16 @@ def _logits(index: FeatureIndex, latent: int, end: str) -> tuple[TokenLogit, ...
         TokenLogit(index.token_text(token), token, value)
         for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
         if token >= 0
+    )
+
+
+def _writes_to(index: FeatureIndex, latent: int) -> tuple[WritesTo, ...]:
+    hooks = index.hooks_out
+    if len(hooks) == 1:
+        return ()
+    norms, shares = index.array("decoder/norms")[latent], index.decoder_shares()[latent]
+    return tuple(
+        WritesTo(hook, norm, share) for hook, norm, share in zip(hooks, norms.tolist(), shares.tolist(), strict=True)
     )
 
 

@@ -81,6 +81,9 @@ ARRAYS = (
     IndexArray("latents/top_token_share", "S", "float32", "its share of the sum of |activation|; NaN if none"),
     IndexArray("neighbours/latents", "ST", "int32", "latents with the most similar decoder rows; -1 for no more"),
     IndexArray("neighbours/cosines", "ST", "float32", "the cosine of the two"),
+    IndexArray(
+        "decoder/norms", "SM", "float32", "length of its decoder row in each rebuilt hook, in units of its spread"
+    ),
     IndexArray("coactive/latents", "ST", "int32", "latents with the largest Jaccard index of rows; -1 for no more"),
     IndexArray("coactive/counts", "ST", "int64", "rows in which both fired"),
     IndexArray("logits/top_tokens", "ST", "int32", "tokens whose logit it raises most; -1 where there are no logits"),
@@ -108,7 +111,8 @@ class Sizes:
 
     Attributes:
         S: latents; F one more. N: activations. R: rows. D: documents. I: bytes of their ids. V: tokens of the
-            vocabulary. P: bytes of their pieces. H: histogram bins. Q: quantile levels. T: entries of a list.
+            vocabulary. P: bytes of their pieces. H: histogram bins. M: rebuilt hooks, where there are several, else 0.
+            Q: quantile levels. T: entries of a list.
     """
 
     S: int
@@ -119,6 +123,7 @@ class Sizes:
     V: int
     P: int
     H: int
+    M: int = 0
     Q: int = len(QUANTILE_LEVELS)
     T: int = LISTED
 
@@ -169,7 +174,10 @@ def chunk_bytes(array: IndexArray, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """What an index was made from. Two indexes with the same record hold the same bytes (on one machine)."""
+    """What an index was made from. Two indexes with the same record hold the same bytes (on one machine).
+
+    A hook is a name, several hooks are a list of them. The model is that of the store, not of those aligned with it.
+    """
 
     run: str
     kind: str
@@ -177,8 +185,8 @@ class MadeFrom:
     d_in: int
     d_out: int
     d_sae: int
-    hook_in: str
-    hook_out: str
+    hook_in: str | list[str]
+    hook_out: str | list[str]
     model: str
     model_fingerprint: str
     store: str
@@ -186,6 +194,8 @@ class MadeFrom:
     rows: int
     logits: bool
     coactive: bool
+    aligned_stores: list[str] = field(default_factory=list)
+    aligned_fingerprints: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class FeatureTable:
         top_logit, top_logit_value, bottom_logit, bottom_logit_value: the tokens it raises and lowers most.
         neighbour, neighbour_cosine: the nearest decoder row.
         coactive, coactive_jaccard: the latent that most nearly fires in the same rows.
+        writes_to, writes_to_share: of several hooks that it is decoded into, the one with the largest share of the sum
+            of its decoder norms, and that share; "" and NaN where there is one hook.
     """
 
     latent: np.ndarray
@@ -42,6 +44,8 @@ class FeatureTable:
     neighbour_cosine: np.ndarray
     coactive: np.ndarray
     coactive_jaccard: np.ndarray
+    writes_to: np.ndarray
+    writes_to_share: np.ndarray
 
     def __len__(self) -> int:
         return len(self.latent)

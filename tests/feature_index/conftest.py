@@ -69,7 +69,7 @@ def make_store(
     *,
     seed: int = 0,
     token_ids: np.ndarray | None = None,
-    hook: str = HOOK,
+    hook: str | tuple[str, ...] = HOOK,
     model: Path | None = None,
     finish: bool = True,
     per_shard: int = 64,
@@ -77,7 +77,8 @@ def make_store(
 ) -> Store:
     """A store of rows that are their token's vector, ``before`` times the last one's, and noise.
 
-    ``documents`` gives the length of each; every third is held out.
+    ``documents`` gives the length of each; every third is held out. Further hooks are other linear maps of these rows,
+    each three times as large as the one before.
     """
     random = np.random.default_rng(seed)
     rows = sum(documents)
@@ -93,16 +94,21 @@ def make_store(
     ]
     positions = np.concatenate([1 + np.arange(n) % (CONTEXT - 1) for n in documents]) if rows else np.zeros(0)
     provenance = {"model": spec.provenance(), "context": CONTEXT, "bos_left_out": True}
+    of_hooks = {hook: values} if isinstance(hook, str) else {}
+    if not isinstance(hook, str):
+        for number, one in enumerate(hook):
+            of_hooks[one] = 3**number * values @ np.linalg.qr(random.normal(size=(D, D)))[0]
     with StoreWriter(
         workspace.store(name),
         StorePlan(rows, table),
-        [HookSpec(hook, (D,), "float32")],
+        [HookSpec(one, (D,), "float32") for one in of_hooks],
         Geometry(16, per_shard),
         provenance,
     ) as writer:
         end = rows if finish else min(rows, 64)
         of_row = np.repeat(np.arange(len(documents)), documents)
-        writer.append({hook: values[:end].astype(np.float32)}, token_ids[:end], positions[:end], of_row[:end])
+        of_rows = {one: array[:end].astype(np.float32) for one, array in of_hooks.items()}
+        writer.append(of_rows, token_ids[:end], positions[:end], of_row[:end])
         if finish:
             writer.finish()
     return open_store(workspace.store(name))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dictlearn.dictionaries.files import load
 from dictlearn.feature_index import encode, read, spec, transpose
-from dictlearn.feature_index.command import IndexConfig, check, run_index
+from dictlearn.feature_index.command import IndexConfig, run_index
 from dictlearn.feature_index.read import open_index
 from dictlearn.feature_index.spec import ARRAYS, QUANTILE_LEVELS
 
@@ -217,9 +217,3 @@ def test_a_latent_too_dense_for_the_memory_is_refused_with_the_memory_it_needs()
         transpose.plan_ranges(np.array([3, 10_000_000]), 128 * 2**20, coactive=True)
     needed = int(str(refusal.value).split("--memory-mb ")[1].split(",")[0])
     transpose.plan_ranges(np.array([3, 10_000_000]), needed * 2**20, coactive=True)
-
-
-def test_the_plan_counts_what_comes(made: Made) -> None:
-    _, plan = check(IndexConfig("run", name="other", logits=False), made.workspace)
-    assert plan.rows == made.store.rows and plan.activations_at_most == 4 * plan.rows
-    assert (made.dense != 0).sum() <= plan.activations_at_most

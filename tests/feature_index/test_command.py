@@ -15,7 +15,7 @@ import pytest
 
 from activation_store.errors import UserError
 from dictlearn.dictionaries.description import DESCRIPTION
-from dictlearn.feature_index.command import IndexConfig, check, run_index
+from dictlearn.feature_index.command import IndexConfig, building_folder, dry_run, run_index
 from dictlearn.workspace import Workspace
 
 from .conftest import make_model, make_run, make_store
@@ -117,15 +117,18 @@ def test_numbers_and_names_that_cannot_be(workspace, changes, words) -> None:
 
 
 def test_too_little_disk(workspace, monkeypatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "takes up to 0.0 GB, the disk of" in refusal(CONFIG, workspace)
-    _, plan = check_with_room(workspace, monkeypatch)
-    assert plan.bytes_while_building == 150 * 4 * 20 + 150 * 8
-
-
-def check_with_room(workspace, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    return check(CONFIG, workspace)
+    """What is there already is not planned again."""
+    planned = dry_run(CONFIG, workspace)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=planned.bytes_while_building - 1))
+    sentence = refusal(CONFIG, workspace)
+    assert "takes about 0.0 GB (4.0 latents fire in a row), the disk of" in sentence
+    assert not building_folder(workspace.index("run")).exists()
+    with pytest.raises(UserError, match="free some space, or set rows"):
+        dry_run(CONFIG, workspace)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=planned.bytes_while_building))
+    run_index(CONFIG, workspace)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert run_index(CONFIG, workspace) and dry_run(CONFIG, workspace) == planned
 
 
 def test_activations_that_are_no_numbers(workspace) -> None:
