@@ -273,19 +273,27 @@ class JumpReLUConfig(PenalisedConfig):
 
     kind: ClassVar[str] = "jumprelu"
 
-    l0_weight: float = 0.001
-    """Weight of the number of latents active per row, or of its squared distance from target_l0, beside the error."""
+    l0_weight: float | None = None
+    """Weight of the penalty beside the mean squared error; when not given 0.001, or 1 where there is a target_l0."""
     target_l0: int | None = None
-    """Latents that should be active per row: the penalty is then (L0 / target_l0 - 1)^2 instead of L0."""
+    """Latents that should be active per row: the penalty is then (L0 / target_l0 - 1)^2 of each row instead of L0."""
     bandwidth: float = 0.03
     """Width of the kernel that estimates the thresholds' gradients, in lengths of a typical row; 0.001 in the paper."""
     initial_threshold: float = 0.03
     """Where thresholds begin, in lengths of a typical row; 0.001 in the paper, whose runs are long enough for it."""
 
+    @property
+    def penalty_weight(self) -> float:
+        """l0_weight, or its default."""
+        if self.l0_weight is not None:
+            return self.l0_weight
+        return 0.001 if self.target_l0 is None else 1.0
+
     def check(self, d_in: int, d_out: int) -> None:
         """Raise UserError when no such dictionary can exist on activations of these widths."""
         super().check(d_in, d_out)
-        _check_weight(self, "l0_weight")
+        if self.l0_weight is not None:
+            _check_weight(self, "l0_weight")
         if self.target_l0 is not None and not 1 <= self.target_l0 <= self.d_sae:
             raise UserError(f"target_l0 is {self.target_l0}; it must lie between 1 and d_sae ({self.d_sae}).")
         for field in ("bandwidth", "initial_threshold"):
