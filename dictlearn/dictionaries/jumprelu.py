@@ -13,12 +13,12 @@ theta, so that these pseudo-derivatives stand in for it, with K the rectangle, 1
 
 In pi the JumpReLU has its own derivative H(pi - theta), and H none: a penalty on L0 moves thresholds alone. SAELens
 calls the first penalty "step" and the second, up to a constant factor, "quadratic"; dictionary_learning has the second
-with the L0 of the whole batch, and the weight 1 that is ours where none is given. The paper gives latents that die no other help than the penalty's warm-up; redrawing them,
-as for the other kinds, is off unless asked for.
+with the L0 of the whole batch, and the weight 1 that is ours where none is given. The paper gives latents that die no
+other help than the penalty's warm-up; redrawing them, as for the other kinds, is off unless asked for.
 
 Adam moves log_threshold by at most about its learning rate a step, so that a short run ends near where it began, and
-above its target_l0: of 400 steps at 0.002 (the bundled model's blocks.2.hook_mlp_out, 256 -> 1024, target 32, two seeds)
-those with weight 1 ended at 53 active per row, with 0.3 at 56, with 0.03 at 66, with 0.001 at 170.
+above its target_l0: of 400 steps at 0.002 (the bundled model's blocks.2.hook_mlp_out, 256 -> 1024, target 32, two
+seeds) those with weight 1 ended at 53 active per row, with 0.3 at 56, with 0.03 at 66, with 0.001 at 170.
 
 The paper has no pre-bias; an autoencoder's b_dec is one here, as in the other kinds, which folds into b_enc.
 
