@@ -108,7 +108,7 @@ def measure_planted(options: Options) -> list[Record]:
     records = []
     for stays in (0.0, 1.0):
         for seed in options.seeds:
-            planted = CrossLayerFeatures(seed=seed, stays=stays, features=128, mean_l0=6.0)
+            planted = CrossLayerFeatures(seed=seed, stays=stays, features=128, mean_l0=5.0)
             store = f"planted-{stays:.0f}-{seed}"
             write_store(options.workspace.store(store), planted, rows)
             batch = planted.draw(0, 4096, "test")
@@ -159,7 +159,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def measure_bundled(options: Options) -> list[Record]:
     d_layer, k, steps, tokens = (32, 4, 5, 256) if options.quick else (256, 16, 400, 2048)
-    name = harvested(options.workspace, [*INPUTS, *OUTPUTS], 40_000 if options.quick else 300_000)
+    name = harvested(options, [*INPUTS, *OUTPUTS], 300_000)
     store = open_store(options.workspace.store(name))
     start, stop = max(store.split_rows("held-out"), key=lambda rows: rows[1] - rows[0])
     stop = min(stop, start + 8192)

@@ -5,7 +5,7 @@
 The bundled language model is fine-tuned for some dozens of steps on the standard library's source with every `self`
 written as `this`: what is new is known. A second copy is fine-tuned just as long on the same source as it is; nothing
 is new there but the fine-tuning itself, which makes it the null. All three models are harvested over the same text,
-other modules, half of them with `this`, and crosscoders are trained between the bundled model and each copy.
+other modules in pieces, half of them with `this`, and crosscoders are trained between the bundled model and each copy.
 
 Of each latent: its relative norm, the length of its decoder row for the tuned model over the lengths of both, 0 for a
 latent of the bundled model alone and 1 for one of the tuned model alone. And its share on what changed: of the
@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from reproduction import Options, Record, Table, harvested, reproduce, tabulate, train
+from reproduction import Options, Record, Table, harvested, reproduce, tabulate, train, write_pieces
 
-from activation_store.harvest.corpus import Document, open_corpus
+from activation_store.harvest.corpus import open_corpus
 from activation_store.harvest.language_model import resolve_model
 from activation_store.seeds import permutation
 from activation_store.store import Store, open_store
@@ -91,31 +91,23 @@ def tune(folder: Path, texts: Sequence[str], steps: int) -> None:
         shutil.copy(bundled / name, folder / name)
 
 
-def write_corpus(folder: Path, documents: Sequence[Document]) -> None:
-    """Every other document with `this`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, document in enumerate(documents):
-        text = with_this(document.text) if number % 2 else document.text
-        (folder / f"{number:04d}.txt").write_text(text)
-
-
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def measure(options: Options) -> list[Record]:
-    size = Size(2, 40_000, 64, 4, 10) if options.quick else Size(50, 100_000, 512, 32, 400)
+    size = Size(2, 15_000, 64, 4, 10) if options.quick else Size(50, 100_000, 512, 32, 400)
     root = options.workspace.root
     documents = open_corpus("stdlib").split("all")
     to_tune, to_read = documents[0::2], documents[1::2]
     if options.quick:
         to_tune, to_read = to_tune[:40], to_read[:80]
-    write_corpus(root / "text", to_read)
+    write_pieces(root / "text", to_read, with_this)
     texts = [document.text for document in to_tune]
     tune(root / "tuned", list(map(with_this, texts)), size.tuning_steps)
     tune(root / "again", texts, size.tuning_steps)
     for name, model in (("base", "bundled"), ("tuned", str(root / "tuned")), ("again", str(root / "again"))):
         text = {"corpus": str(root / "text"), "context": CONTEXT}
-        harvested(options.workspace, [HOOK], size.tokens, name, model=model, **text)
+        harvested(options, [HOOK], size.tokens, name, model=model, **text)
     records = []
     for tuned, change in (("tuned", CHANGED), ("again", NULL)):
         base, other = (open_store(options.workspace.store(name)) for name in ("base", tuned))

@@ -39,6 +39,7 @@ from dictlearn.workspace import Workspace
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+    from activation_store.harvest.corpus import Document
     from dictlearn.metrics.downstream import Downstream
 
 FEWEST_SEEDS = 5
@@ -174,12 +175,27 @@ def write_rows(location: Path, hook: str, train_rows: np.ndarray, held_out_rows:
             writer.finish()
 
 
-def harvested(workspace: Workspace, hooks: Sequence[str], tokens: int, name: str = "rows", **asked: Any) -> str:
+def harvested(options: Options, hooks: Sequence[str], tokens: int, name: str = "rows", **asked: Any) -> str:
     """The ``name`` of a store of a model's activations, by default of the bundled one over the standard library."""
+    from activation_store.harvest.corpus import open_corpus
     from activation_store.harvest.run import HarvestConfig, harvest
 
-    harvest(HarvestConfig(hooks=tuple(hooks), store=workspace.store(name), tokens=tokens, **asked), TerminalProgress())
+    if options.quick:
+        tokens, pieces = 15_000, options.workspace.root / "pieces"
+        write_pieces(pieces, open_corpus("stdlib").split("all")[:60])
+        asked = {"corpus": str(pieces), **asked}
+    store = options.workspace.store(name)
+    harvest(HarvestConfig(hooks=tuple(hooks), store=store, tokens=tokens, **asked), TerminalProgress())
     return name
+
+
+def write_pieces(folder: Path, documents: Sequence[Document], change: Callable[[str], str] = str) -> None:
+    """Pieces of 100 lines, a file each, so that a short harvest has many; every other one changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [document.text.splitlines(keepends=True) for document in documents]
+    pieces = ["".join(of[first : first + 100]) for of in lines for first in range(0, len(of), 100)]
+    for number, piece in enumerate(pieces):
+        (folder / f"{number:05d}.txt").write_text(change(piece) if number % 2 else piece)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -238,9 +238,9 @@ def measure_tree(options: Options) -> list[Record]:
 
 def measure_bundled(options: Options) -> list[Record]:
     sparsities = (4, 8) if options.quick else (16, 32, 64)
-    steps, d_sae, tokens = (10, 64, 256) if options.quick else (500, 512, 1024)
+    steps, d_sae, tokens = (10, 64, 256) if options.quick else (400, 512, 1024)
     workspace = options.workspace
-    store = harvested(workspace, [RESIDUAL], 40_000 if options.quick else 300_000)
+    store = harvested(options, [RESIDUAL], 300_000)
 
     def plain(seed: int) -> Config:
         return replace(plain_run(f"bundled-{seed}", store, RESIDUAL, seed, d_sae, steps, 2e-3, 256), order_seed=0)
@@ -250,7 +250,7 @@ def measure_bundled(options: Options) -> list[Record]:
     for seed in options.seeds:
         configs = [config for l0 in sparsities for config in family(plain(seed), l0, weights[l0])]
         for number, dictionary in enumerate(train(configs, workspace, f"bundled-{seed}")):
-            found = measure_reconstruction(dictionary, held_out(workspace, store, RESIDUAL, None, 16_384))
+            found = measure_reconstruction(dictionary, held_out(workspace, store, RESIDUAL, None, 8192))
             spliced = downstream(dictionary, open_store(workspace.store(store)), tokens)
             records.append(
                 {"dictionary": NAMES[configs[number].dictionary.kind], "seed": seed, "fvu": found.fvu, "l0": found.l0}
