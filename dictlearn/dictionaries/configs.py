@@ -163,6 +163,11 @@ class SkipConfig(TopKConfig):
     kind: ClassVar[str] = "skip"
     autoencodes: ClassVar[bool] = False
 
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        d_in, d_out = sum(input_parts), sum(output_parts)
+        return self.d_sae * (d_in + d_out + 1) + d_out + d_in * d_out
+
 
 @dataclass(frozen=True)
 class KSparseConfig:

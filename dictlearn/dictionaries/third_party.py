@@ -7,7 +7,9 @@ importing anything; a package is imported when its kind is asked for, and what i
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import EntryPoint, entry_points
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING
 
 from activation_store.errors import UserError
@@ -20,12 +22,18 @@ GROUP = "dictlearn.dictionaries"
 
 def kinds_brought() -> list[str]:
     """Every kind that an installed package brings, sorted."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+    return sorted({point.name for point in _entry_points(tuple(sys.path))})
 
 
 def brought(kind: str) -> list[EntryPoint]:
     """The entry points that bring a kind; more than one is a conflict, which `class_brought` refuses."""
-    return list(dict.fromkeys(entry_points(group=GROUP, name=kind)))
+    return list(dict.fromkeys(_entry_points(tuple(sys.path)).select(name=kind)))
+
+
+@cache
+def _entry_points(path: tuple[str, ...]) -> EntryPoints:
+    """Of the packages on a path. Finding them reads a file for each package installed, and a sweep asks often."""
+    return entry_points(group=GROUP)
 
 
 def refuse_built_in(kind: str) -> None:

@@ -85,6 +85,11 @@ class TestSkip(DictionaryTests):
             assert left[Skip] < 0.1 * left[TopK], (seed, left)
 
 
+def test_the_plan_of_a_run_counts_the_linear_path():
+    config = SkipConfig(d_sae=24)
+    assert config.parameters((5, 7), (10,)) == sum(p.numel() for p in Skip(config, (5, 7), 10).parameters())
+
+
 def test_an_autoencoder_is_refused_in_a_sentence():
     with pytest.raises(UserError, match="kind 'skip' predicts one hook from another, and there is no target hook"):
         check_hooks(SkipConfig(), (8,), None)

@@ -1,0 +1,65 @@
+"""Every kind of dictionary in one sweep: each learns, is evaluated, and resumes bit for bit with the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dictlearn.dictionaries import CONFIGS
+from dictlearn.metrics.command import EvaluateConfig, run_evaluate
+from dictlearn.training.command import train_group
+from dictlearn.training.configs import TrainConfig
+from dictlearn.workspace import Workspace
+from tests.training.planted import IN, OUT, SAE, metrics
+from tests.training.test_resume import Killed, assert_same_runs, kill_at
+
+# a cross-layer transcoder needs the hooks of several layers: test_several_hooks.py has it
+KINDS = [kind for kind in CONFIGS if kind != "clt"]
+NUMBERS = {
+    "ksparse": {"k": 4},
+    "icfl": {"rounds": 2, "width": 2, "reset_every": 10},
+    "crosscoder": {"l1_weight": 0.03},
+    "relu": {"l1_weight": 0.03},
+    "gated": {"l1_weight": 0.03},
+    "jumprelu": {},
+}
+HOOKS = {
+    "crosscoder": {"hook": (IN, OUT)},
+    "skip": {"target_hook": OUT},
+    "gated": {"target_hook": OUT},
+}
+
+
+def runs(prefix: str) -> list[TrainConfig]:
+    return [
+        replace(
+            SAE,
+            name=f"{prefix}-{kind}",
+            steps=30,
+            dictionary=CONFIGS[kind](d_sae=64, dead_after_rows=1000, **NUMBERS.get(kind, {"k": 4})),
+            **HOOKS.get(kind, {}),
+        )
+        for kind in KINDS
+    ]
+
+
+def trained(workspace: Workspace, prefix: str) -> None:
+    train_group(runs(prefix), workspace, workspace.sweep(prefix).checkpoints, prefix)
+
+
+def test_every_kind_learns_in_a_sweep_and_resumes_with_the_others(workspace, monkeypatch):
+    trained(workspace, "whole")
+    for step in (3, 17):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                trained(workspace, "killed")
+    trained(workspace, "killed")
+    for kind in KINDS:
+        assert_same_runs(workspace, f"whole-{kind}", f"killed-{kind}")
+        lines = metrics(workspace, f"whole-{kind}")
+        assert np.mean([line["fvu"] for line in lines[-3:]]) < 0.9 * lines[0]["fvu"], kind
+        found = run_evaluate(EvaluateConfig(f"whole-{kind}", tokens=0), workspace)
+        assert found.reconstruction["fvu"] < 0.9 * lines[0]["fvu"], kind
