@@ -86,7 +86,7 @@ class TestSkip(DictionaryTests):
 
 
 def test_the_plan_of_a_run_counts_the_linear_path():
-    config = SkipConfig(d_sae=24)
+    config = SkipConfig(d_sae=24, k=4)
     assert config.parameters((5, 7), (10,)) == sum(p.numel() for p in Skip(config, (5, 7), 10).parameters())
 
 
