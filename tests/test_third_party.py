@@ -153,9 +153,10 @@ def test_the_published_contract_needs_nothing_that_is_not_installed():
 
 
 @pytest.mark.heavy
-def test_the_example_is_installed_trained_evaluated_and_loaded(tmp_path):
+def test_the_example_is_installed_trained_evaluated_loaded_and_indexed(tmp_path):
     pytest.importorskip("pip", reason="the environment has no pip")
-    from tests.training.planted import IN, make_store
+    from dictlearn.workspace import Workspace
+    from tests.feature_index.conftest import HOOK, make_store
 
     source, site = shutil.copytree(EXAMPLE, tmp_path / "source"), tmp_path / "site"
     environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "200"}
@@ -173,13 +174,16 @@ def test_the_example_is_installed_trained_evaluated_and_loaded(tmp_path):
 
     assert "softtopk (topk" in (said := run("-m", "dictlearn.cli", "train", "--help", "--kind", "softtopk"))
     assert "Most latents active per row" in said and "AuxK" not in said
-    make_store(tmp_path / "workspace" / "stores" / "s.zarr")
+    make_store(Workspace(tmp_path / "workspace"), "s", [400] * 9)
     sizes = ("--d-sae=64", "--k=4", "--batch-size=128", "--buffer-rows=1024", "--steps=150", "--learning-rate=3e-3")
-    of = ("--kind", "softtopk", "--name", "mine", "--store", "s", "--hook", IN)
+    of = ("--kind", "softtopk", "--name", "mine", "--store", "s", "--hook", HOOK)
     run("-m", "dictlearn.cli", "train", *of, *sizes)
     evaluated = run("-m", "dictlearn.cli", "evaluate", "mine", "--tokens", "0", "--json")
     found = json.loads(evaluated[evaluated.index("{") :])["reconstruction"]
     assert found["fvu"] < 0.5 and 0 < found["l0"] <= 4
     load = "import dictlearn; d = dictlearn.load('workspace/runs/mine'); print(d.kind, type(d).__module__, d.d_sae)"
     assert run("-c", load).split() == ["softtopk", "soft_topk", "64"]
+    run("-m", "dictlearn.cli", "index", "mine", "--no-logits")
+    page = json.loads(run("-m", "dictlearn.cli", "show", "mine", "3", "--json"))
+    assert page["provenance"]["kind"] == "softtopk" and page["rows"] == 3600
     assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", source)
