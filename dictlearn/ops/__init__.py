@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dictlearn.ops import portable, reference
-from dictlearn.ops.ranks import OneProcess, Ranks
+from dictlearn.ops.ranks import Ranks
 from dictlearn.ops.reference import Rule, TopKCodes
 
 __all__ = [
@@ -71,7 +71,7 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, Backend] = {"portable": portable, "reference": reference}
 _forced: str | None = None
-_ranks: Ranks = OneProcess()
+_ranks: Ranks = Ranks()
 
 
 def set_backend(name: str) -> None:
@@ -90,14 +90,14 @@ def backend(device: str | torch.device = "cpu") -> str:
 def use_ranks(ranks: Ranks | None) -> None:
     """Put every following call over the processes of ``ranks``; None takes it back."""
     global _ranks
-    _ranks = ranks or OneProcess()
+    _ranks = ranks or Ranks()
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
     """Within the block everything is here, on this process: what every process does for itself with whole tensors."""
     global _ranks
-    before, _ranks = _ranks, OneProcess()
+    before, _ranks = _ranks, Ranks()
     try:
         yield
     finally:
@@ -122,11 +122,13 @@ def encode_topk(
     also: Tensor | None = None,
     rule: Rule = "relu",
 ) -> TopKCodes:
-    return _ranks.encode_topk(_backend(x), x, W_enc, b_enc, k, b_pre, also, rule)
+    x, b_pre = _ranks.shared(x), None if b_pre is None else _ranks.shared(b_pre)
+    codes = _backend(x).encode_topk(x, W_enc, b_enc, min(k, len(W_enc)), b_pre, also, rule)
+    return codes._replace(values=_ranks.keep_largest_of_row(codes.values, k, rule))
 
 
 def keep_topk(pre: Tensor, k: int, rule: Rule = "relu") -> Tensor:
-    return _ranks.keep_topk(_backend(pre), pre, k, rule)
+    return _ranks.keep_largest_of_dense_row(_backend(pre).keep_topk(pre, k, rule), k, rule)
 
 
 def keep_largest_of_batch(values: Tensor, k: int) -> Tensor:

@@ -11,84 +11,44 @@ Axes: B rows, D input width, S latents on this rank, K slots, A latents looked a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dictlearn.ops.reference import Rule, TopKCodes
-
-if TYPE_CHECKING:
-    from dictlearn.ops import Backend
+from dictlearn.ops.reference import Rule
 
 
-class Ranks(Protocol):
-    """How rows and latents are spread over processes."""
+class Ranks:
+    """All rows and all latents are here, on one process. `ProcessMesh` spreads them."""
 
-    def encode_topk(
-        self,
-        backend: Backend,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        k: int,
-        b_pre: Tensor | None,
-        also: Tensor | None,
-        rule: Rule = "relu",
-    ) -> TopKCodes: ...
+    def shared(self, tensor: Tensor) -> Tensor:
+        """A tensor that is the same on all ranks that share the latents: its gradient is the sum of theirs."""
+        return tensor
 
-    def keep_topk(self, backend: Backend, pre: Tensor, k: int, rule: Rule = "relu") -> Tensor: ...
+    def keep_largest_of_row(self, values: Tensor, k: int, rule: Rule) -> Tensor:
+        """Of the k largest (B, K) that each rank found among its own latents those that are the k largest of all."""
+        return values
 
-    def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor: ...
-
-    def least_of_batch(self, scalar: Tensor) -> Tensor: ...
-
-    def total(self, part: Tensor) -> Tensor: ...
-
-    def anywhere(self, mask: Tensor) -> bool: ...
-
-    def mean_over_rows(self, scalar: Tensor) -> Tensor: ...
-
-    def total_over_latents(self, count: Tensor) -> Tensor: ...
-
-    def total_rows(self, rows: int) -> int: ...
-
-    def anywhere_in_batch(self, mask: Tensor) -> Tensor: ...
-
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None: ...
-
-
-class OneProcess:
-    """All rows and all latents are here."""
-
-    def encode_topk(
-        self,
-        backend: Backend,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        k: int,
-        b_pre: Tensor | None,
-        also: Tensor | None,
-        rule: Rule = "relu",
-    ) -> TopKCodes:
-        return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also, rule)
-
-    def keep_topk(self, backend: Backend, pre: Tensor, k: int, rule: Rule = "relu") -> Tensor:
-        return backend.keep_topk(pre, k, rule)
+    def keep_largest_of_dense_row(self, kept: Tensor, k: int, rule: Rule) -> Tensor:
+        """The same for rows (B, A) in which at most k are not 0."""
+        return kept
 
     def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor:
+        """(B, K) bool: which of all rows' values are the k times as many as rows that are largest."""
         return _among_the_largest_of_all(values.detach().flatten(), k * len(values)).view(values.shape)
 
     def least_of_batch(self, scalar: Tensor) -> Tensor:
         return scalar
 
     def total(self, part: Tensor) -> Tensor:
+        """The sum of what the ranks' latents give."""
         return part
 
     def anywhere(self, mask: Tensor) -> bool:
+        """Whether a mask over latents is true on any rank."""
         return bool(mask.any())
 
     def mean_over_rows(self, scalar: Tensor) -> Tensor:
@@ -98,16 +58,18 @@ class OneProcess:
         return count
 
     def total_rows(self, rows: int) -> int:
+        """Rows of the whole batch."""
         return rows
 
     def anywhere_in_batch(self, mask: Tensor) -> Tensor:
+        """A mask over this rank's latents, true where it is on any rank that holds the same latents."""
         return mask
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        pass
+        """Over the ranks that share a batch; a parameter without a gradient has none on any of them."""
 
 
-class ProcessMesh:
+class ProcessMesh(Ranks):
     """Ranks of torch.distributed: rows spread over ``data``, latents over ``latents``; a group of one splits nothing.
 
     Every rank must make the same calls in the same order.
@@ -118,33 +80,25 @@ class ProcessMesh:
         self.latents = latents
         self.latent_parts = latents.size()
 
-    def encode_topk(
-        self,
-        backend: Backend,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        k: int,
-        b_pre: Tensor | None,
-        also: Tensor | None,
-        rule: Rule = "relu",
-    ) -> TopKCodes:
-        if self.latent_parts == 1:
-            return backend.encode_topk(x, W_enc, b_enc, k, b_pre, also, rule)
-        x, b_pre = self._shared(x), None if b_pre is None else self._shared(b_pre)
-        codes = backend.encode_topk(x, W_enc, b_enc, min(k, len(W_enc)), b_pre, also, rule)
-        by = codes.values.detach().abs() if rule == "magnitude" else codes.values.detach()
-        return codes._replace(values=codes.values * self._among_the_largest(by, k))
+    def shared(self, tensor: Tensor) -> Tensor:
+        if self.latent_parts == 1 or not tensor.requires_grad:
+            return tensor
+        return _SumOfGradients.apply(tensor, self.latents)
 
-    def keep_topk(self, backend: Backend, pre: Tensor, k: int, rule: Rule = "relu") -> Tensor:
-        kept_BA = backend.keep_topk(pre, k, rule)
+    def keep_largest_of_row(self, values: Tensor, k: int, rule: Rule) -> Tensor:
         if self.latent_parts == 1:
-            return kept_BA
-        by_BA = kept_BA.detach().abs() if rule == "magnitude" else kept_BA.detach()
-        by_BA = by_BA.masked_fill(kept_BA == 0, -torch.inf)
-        values_BK, places_BK = by_BA.topk(min(k, kept_BA.shape[1]), dim=1, sorted=False)
+            return values
+        by_BK = values.detach().abs() if rule == "magnitude" else values.detach()
+        return values * self._among_the_largest(by_BK, k)
+
+    def keep_largest_of_dense_row(self, kept: Tensor, k: int, rule: Rule) -> Tensor:
+        if self.latent_parts == 1:
+            return kept
+        by_BA = kept.detach().abs() if rule == "magnitude" else kept.detach()
+        by_BA = by_BA.masked_fill(kept == 0, -torch.inf)
+        values_BK, places_BK = by_BA.topk(min(k, kept.shape[1]), dim=1, sorted=False)
         mask_BK = self._among_the_largest(values_BK, k)
-        return kept_BA * torch.zeros_like(kept_BA).scatter(1, places_BK, mask_BK.to(kept_BA.dtype))
+        return kept * torch.zeros_like(kept).scatter(1, places_BK, mask_BK.to(kept.dtype))
 
     def among_the_largest_of_batch(self, values: Tensor, k: int) -> Tensor:
         """Ranks have equally many rows, and may have slots of different numbers. The latents may not be spread."""
@@ -190,11 +144,9 @@ class ProcessMesh:
         return total
 
     def total_rows(self, rows: int) -> int:
-        """Rows of the whole batch: all ranks have equally many."""
         return rows * self.data.size()
 
     def anywhere_in_batch(self, mask: Tensor) -> Tensor:
-        """A mask over this rank's latents, true where it is on any rank that holds the same latents."""
         if self.data.size() == 1:
             return mask
         found = mask.to(torch.int32)
@@ -202,16 +154,11 @@ class ProcessMesh:
         return found.bool()
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Over the ranks that share a batch; a parameter without a gradient has none on any of them."""
         if self.data.size() > 1:
             for parameter in parameters:
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad, group=self.data)
                     parameter.grad /= self.data.size()
-
-    def _shared(self, tensor: Tensor) -> Tensor:
-        """A tensor that is the same on all latent ranks: its gradient is the sum of theirs."""
-        return _SumOfGradients.apply(tensor, self.latents) if tensor.requires_grad else tensor
 
     @torch.no_grad()
     def _among_the_largest(self, values_BK: Tensor, k: int) -> Tensor:
