@@ -7,6 +7,11 @@ Paulo, Shabalin, Belrose 2025, "Transcoders beat sparse autoencoders for interpr
 What of the target is linear in the input needs no latents. Everything else is `dictlearn.dictionaries.topk`; its AuxK
 and its redrawing see what latents and skip together leave over.
 
+The path begins at 0. On the bundled model's MLPs of layers 0 and 2 (256 -> 1024, k 16, 400 steps of 1024 rows, three
+seeds each, held-out rows) that left a FVU of 0.061-0.062 and 0.501-0.507, beginning with the ridge regression of the
+first 8192 rows 0.062-0.063 and 0.504-0.511, and no path 0.165-0.169 and 0.522-0.527. From the regression only 27 % of
+the latents of layer 0 were alive, from 0 79 %.
+
 Codes have an offset: what each row's output is when nothing fires, u W_skip + b_dec.
 
 Axes: B rows, D input width, O output width, S latents.
