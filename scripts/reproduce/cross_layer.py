@@ -104,7 +104,7 @@ def by_layer(fvus: Sequence[float]) -> Record:
 
 
 def measure_planted(options: Options) -> list[Record]:
-    rows, steps = (4096, 20) if options.quick else (200_000, 1500)
+    rows, steps = (4096, 20) if options.quick else (100_000, 800)
     records = []
     for stays in (0.0, 1.0):
         for seed in options.seeds:
@@ -159,7 +159,7 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def measure_bundled(options: Options) -> list[Record]:
     d_layer, k, steps, tokens = (32, 4, 5, 256) if options.quick else (256, 16, 400, 2048)
-    name = harvested(options, [*INPUTS, *OUTPUTS], 300_000)
+    name = harvested(options, [*INPUTS, *OUTPUTS], 150_000)
     store = open_store(options.workspace.store(name))
     start, stop = max(store.split_rows("held-out"), key=lambda rows: rows[1] - rows[0])
     stop = min(stop, start + 8192)

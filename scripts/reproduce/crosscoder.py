@@ -95,7 +95,7 @@ def tune(folder: Path, texts: Sequence[str], steps: int) -> None:
 
 
 def measure(options: Options) -> list[Record]:
-    size = Size(2, 15_000, 64, 4, 10) if options.quick else Size(50, 100_000, 512, 32, 400)
+    size = Size(2, 15_000, 64, 4, 10) if options.quick else Size(40, 80_000, 512, 32, 400)
     root = options.workspace.root
     documents = open_corpus("stdlib").split("all")
     to_tune, to_read = documents[0::2], documents[1::2]

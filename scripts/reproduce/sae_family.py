@@ -20,6 +20,7 @@ In the first two every seed has other features, rows and initial weights; in the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -155,7 +156,7 @@ def recovered(dictionary: Dictionary, planted: Planted) -> Record:
 
 
 def measure_planted(options: Options) -> list[Record]:
-    steps, rows = (30, 4096) if options.quick else (1500, 200_000)
+    steps, rows = (30, 4096) if options.quick else (1000, 100_000)
     features = 96 if options.quick else 256
 
     def run(seed: int) -> tuple[Config, SparseFeatures]:
@@ -247,14 +248,15 @@ def measure_bundled(options: Options) -> list[Record]:
 
     weights = find_weights(plain(SEARCH_SEED), sparsities, workspace)
     records = []
-    for seed in options.seeds:
-        configs = [config for l0 in sparsities for config in family(plain(seed), l0, weights[l0])]
-        for number, dictionary in enumerate(train(configs, workspace, f"bundled-{seed}")):
+    for seed, l0 in itertools.product(options.seeds, sparsities):
+        configs = family(plain(seed), l0, weights[l0])
+        dictionaries = train(configs, workspace, f"bundled-{seed}-{l0}")
+        for config, dictionary in zip(configs, dictionaries, strict=True):
             found = measure_reconstruction(dictionary, held_out(workspace, store, RESIDUAL, None, 8192))
             spliced = downstream(dictionary, open_store(workspace.store(store)), tokens)
             records.append(
-                {"dictionary": NAMES[configs[number].dictionary.kind], "seed": seed, "fvu": found.fvu, "l0": found.l0}
-                | {"wanted": sparsities[number // len(NAMES)], "alive": 100 * (1 - found.dead_share)}
+                {"dictionary": NAMES[config.dictionary.kind], "wanted": l0, "seed": seed, "fvu": found.fvu}
+                | {"l0": found.l0, "alive": 100 * (1 - found.dead_share)}
                 | {"recovered": spliced.loss_recovered, "ce": spliced.ce_spliced - spliced.ce_clean}
             )
     return records
