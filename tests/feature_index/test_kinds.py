@@ -9,6 +9,7 @@ import torch
 import dictlearn
 from activation_store.errors import UserError
 from activation_store.store import Store
+from dictlearn import reports
 from dictlearn.dictionaries import CONFIGS, config_class
 from dictlearn.feature_index.command import IndexConfig, run_index
 from dictlearn.feature_index.decoder import reaching_the_end, why_no_logits
@@ -106,7 +107,7 @@ def test_a_transcoder_that_skips_is_indexed_by_its_latents_alone(tmp_path) -> No
 
 
 @pytest.mark.parametrize("kind", ["crosscoder", "batchtopk"])
-def test_a_crosscoder_is_indexed_and_says_which_hooks_a_latent_writes_to(kind, tmp_path) -> None:
+def test_a_crosscoder_is_indexed_and_says_which_hooks_a_latent_writes_to(kind, tmp_path, capsys) -> None:
     workspace = Workspace(tmp_path)
     store = make_store(workspace, "store", DOCUMENTS, hook=(EARLY, LATE))
     dictionary = trained(workspace, kind, (EARLY, LATE))
@@ -121,6 +122,8 @@ def test_a_crosscoder_is_indexed_and_says_which_hooks_a_latent_writes_to(kind, t
         assert [one.hook for one in found] == [EARLY, LATE]
         np.testing.assert_allclose([one.norm for one in found], norms[latent], rtol=1e-5)
         np.testing.assert_allclose([one.share for one in found], share[latent], rtol=1e-5)
+    reports.feature(feature_page(index, 7))
+    assert f"writes to: {EARLY} {share[7, 0]:.0%}, {LATE} {share[7, 1]:.0%}\n" in capsys.readouterr().out
     table = index.table()
     assert table.writes_to.tolist() == [[EARLY, LATE][which] for which in share.argmax(axis=1)]
     np.testing.assert_allclose(table.writes_to_share, share.max(axis=1), rtol=1e-5)

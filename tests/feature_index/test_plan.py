@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
+from dictlearn import cli
 from dictlearn.feature_index import plan as planning
 from dictlearn.feature_index.command import IndexConfig, check, dry_run, run_index
 from dictlearn.feature_index.read import open_index
@@ -54,6 +58,14 @@ def test_codes_of_no_fixed_number_are_counted_in_rows_from_the_whole_store(tmp_p
     activations = open_index(run_index(CONFIG, workspace)).array("activations/offsets")[-1]
     assert planned.rows_sampled == 256 and abs(planned.activations / activations - 1) < 0.1
     assert planned.active_per_row == pytest.approx(planned.activations / store.rows, abs=0.01)
+
+
+def test_a_dry_run_of_the_command_says_it_and_makes_nothing(tmp_path, capsys) -> None:
+    workspace = Workspace(tmp_path)
+    make_run(workspace, "run", make_store(workspace, "store", [60]))
+    cli.main(["index", "run", "--no-logits", "--dry-run", "--json", "--workspace", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(dry_run(CONFIG, workspace))
+    assert not list(tmp_path.glob("indexes/*"))
 
 
 def test_what_is_refused_needs_no_sample(tmp_path, monkeypatch) -> None:
