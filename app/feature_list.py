@@ -36,6 +36,7 @@ COLUMNS: tuple[tuple[str | None, str, str, str], ...] = (
     ("density", "density", "right", "share of rows in which it fires"),
     ("maximum", "max", "right", "largest activation"),
     ("median", "median", "right", "of its non-zero activations"),
+    ("writes_to_share", "writes to", "", "the hook that gets most of its decoder row; sorts by how much of it"),
     ("top_logit_value", "raises", "", "the token whose logit it raises most; sorts by how much"),
     ("bottom_logit_value", "lowers", "", "the token whose logit it lowers most; sorts by how much"),
     ("neighbour_cosine", "nearest", "right", "the latent with the nearest decoder row, and the cosine"),
@@ -48,6 +49,15 @@ COLUMNS: tuple[tuple[str | None, str, str, str], ...] = (
     (None, "note", "", ""),
 )
 """Column of the table to sort by (None: cannot), heading, alignment, explanation."""
+
+OF_SEVERAL_HOOKS = "writes_to_share"
+"""The column that only a dictionary of several rebuilt hooks has."""
+
+
+def columns_of(table: FeatureTable) -> list[tuple[str | None, str, str, str]]:
+    """The columns that the latents of this index have."""
+    several = bool(len(table)) and table.writes_to[0] != ""
+    return [column for column in COLUMNS if several or column[0] != OF_SEVERAL_HOOKS]
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def feature_list(
 ) -> FeatureList:
     """The page of latents that a link asks for; what it asks beyond the ends is the nearest there is."""
     fits = filtered(table, link, notes)
-    sortable = {name for name, *_ in COLUMNS if name}
+    sortable = {name for name, *_ in columns_of(table) if name}
     sort = link.sort if link.sort in sortable else DEFAULT_SORT
     descending = not link.ascending
     if patterns is not None:

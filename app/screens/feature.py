@@ -153,6 +153,7 @@ def side(page: FeaturePage, link: links.FeatureLink) -> list[Block]:
         ),
         section("Fires on"),
         fires_on(page),
+        *writes_to(page),
         *logits(page),
         section("Nearest decoder rows"),
         table(
@@ -217,6 +218,27 @@ def fires_on(page: FeaturePage) -> Block:
         ],
         dense=True,
     )
+
+
+def writes_to(page: FeaturePage) -> list[Block]:
+    """Of a dictionary that rebuilds several hooks: how much of the latent each of them gets."""
+    if not page.writes_to:
+        return []
+    return [
+        section("Writes to"),
+        table(
+            [
+                column("hook", mono=True),
+                column("share", "right", "of the lengths of its decoder row in all hooks"),
+                column("length", "right", "of its decoder row there, in units of the hook's spread"),
+            ],
+            [
+                row([one.hook, {"text": percent(one.share), "bar": one.share}, short(one.norm)])
+                for one in page.writes_to
+            ],
+            dense=True,
+        ),
+    ]
 
 
 def logits(page: FeaturePage) -> list[Block]:

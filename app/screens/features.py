@@ -12,11 +12,12 @@ from activation_store.errors import UserError
 from dictlearn.feature_index.read import FeatureIndex, TokenStrip
 from dictlearn_app import hook_names, links, loading, router
 from dictlearn_app.feature_list import (
-    COLUMNS,
     MOST_ACTIVATIONS,
+    OF_SEVERAL_HOOKS,
     RECOGNISABLE,
     SHOWN,
     FeatureList,
+    columns_of,
     feature_list,
     strongest_examples,
 )
@@ -108,7 +109,7 @@ def blocks(
 ) -> list[Block]:
     """The table of one page of latents, with the way to the others."""
     columns = []
-    for name, label, align, title in COLUMNS:
+    for name, label, align, title in columns_of(listed.table):
         head = column(label, align, title)
         if name is not None:
             now = listed.sort == name
@@ -139,9 +140,14 @@ def blocks(
 
 def cells(listed: FeatureList, i: int, example: TokenStrip | None, notes: Mapping[int, str]) -> list[Cell]:
     table = listed.table
+    columns = columns_of(table)
     if example is None:
-        return [str(table.latent[i]), {"text": "never fired", "tone": "muted"}, *[""] * 9]
+        return [str(table.latent[i]), {"text": "never fired", "tone": "muted"}, *[""] * (len(columns) - 2)]
     latent = int(table.latent[i])
+    writes_to: list[Cell] = []
+    if any(name == OF_SEVERAL_HOOKS for name, *_ in columns):
+        share = percent(float(table.writes_to_share[i]))
+        writes_to = [{"text": str(table.writes_to[i]), "mono": True, "aside": share}]
     note = notes.get(latent, "")
     return [
         str(latent),
@@ -150,6 +156,7 @@ def cells(listed: FeatureList, i: int, example: TokenStrip | None, notes: Mappin
         {"text": percent(float(table.density[i])), "bar": float(listed.density_bar[i])},
         {"text": short(float(table.maximum[i])), "bar": float(listed.maximum_bar[i])},
         short(float(table.median[i])),
+        *writes_to,
         {"tokens": [table.top_logit[i]] if table.top_logit[i] else []},
         {"tokens": [table.bottom_logit[i]] if table.bottom_logit[i] else []},
         other(int(table.neighbour[i]), float(table.neighbour_cosine[i]), link_index=listed.index),

@@ -281,7 +281,7 @@ def test_two_seeds_of_one_setting_are_what_is_matched_first() -> None:
     good = [run("c0", k=32, seed=0, fvu=0.1), run("c1", k=32, seed=1, fvu=0.1)]
     worse = [run("d0", k=64, seed=0, fvu=0.3), run("d1", k=64, seed=1, fvu=0.3)]
     assert two(lone) == ("a", "b")
-    assert two([*good, *worse]) == ("c0", "c1")
+    assert two([*good, *worse]) == two([worse[0], good[0], worse[1], good[1]]) == ("c0", "c1")
     assert two([*good, *worse], indexed={"d0", "d1"}) == ("d0", "d1")
     assert two([*lone, *good], indexed={"a", "b"}) == ("a", "b")
     assert two(lone[:1]) is None and two([]) is None

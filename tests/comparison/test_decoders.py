@@ -106,6 +106,14 @@ def test_a_space_in_common_is_no_feature_in_common(seed: int) -> None:
     assert found.a_in_b.cosines.mean() > found.random_a.mean() + 0.3
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_direction_that_all_rows_share_is_no_feature_in_common(seed: int) -> None:
+    shared = 8 * rows(seed, 1, 32)
+    found = agreement(rows(seed + 1, 300, 32) + shared, rows(seed + 2, 300, 32) + shared)
+    assert found.a_in_b.cosines.mean() == pytest.approx(found.gaussian_a.mean(), abs=0.02)
+    assert found.a_in_b.cosines.mean() > found.random_a.mean() + 0.3
+
+
 def test_planted_features_stand_out_from_both_kinds_of_chance() -> None:
     common = rows(0, 100, 32)
     a = np.concatenate([common + 0.2 * rows(1, 100, 32), rows(2, 100, 32)])
