@@ -11,6 +11,7 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 STORE_PAGE = README.parent / "docs" / "store.md"
 TRAINING_PAGE = README.parent / "docs" / "training.md"
+COMPARE_PAGE = README.parent / "docs" / "compare.md"
 
 
 def commands(page: Path) -> list[str]:
@@ -24,7 +25,9 @@ def test_there_are_commands_to_check():
     assert len(commands(README)) > 8 and len(commands(STORE_PAGE)) > 8
 
 
-@pytest.mark.parametrize("command", [*commands(README), *commands(STORE_PAGE), *commands(TRAINING_PAGE)])
+@pytest.mark.parametrize(
+    "command", [*commands(README), *commands(STORE_PAGE), *commands(TRAINING_PAGE), *commands(COMPARE_PAGE)]
+)
 def test_every_command_is_understood(command, monkeypatch, tmp_path):
     """Parsed to a configuration by the real command line; running it is stopped right after."""
     from dictlearn import cli
