@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reproduction import Options, Record, Table, harvested, reproduce, tabulate, train, write_pieces
+from reproduction import Options, Record, Table, harvested, language_model, reproduce, tabulate, train, write_pieces
 
 from activation_store.harvest.corpus import open_corpus
 from activation_store.harvest.language_model import resolve_model
@@ -33,6 +33,7 @@ from activation_store.seeds import permutation
 from activation_store.store import Store, open_store
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.configs import BatchTopKConfig, CrosscoderConfig
+from dictlearn.metrics.evaluation import token_windows
 from dictlearn.training.configs import TrainConfig
 from dictlearn.training.optimiser_config import OptimiserConfig
 
@@ -43,6 +44,8 @@ AFTER = 2
 EXTREME = 20
 """Latents with the largest relative norms that are looked at."""
 EDGES = (0.0, 0.1, 0.3, 0.45, 0.55, 0.7, 0.9, 1.0)
+RATE = 1e-3
+"""Of the fine-tuning, at its peak."""
 CHANGED, NULL = "`self` became `this`", "nothing (null)"
 
 
@@ -76,9 +79,9 @@ def tune(folder: Path, texts: Sequence[str], steps: int) -> None:
     cut = stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
     windows = torch.from_numpy(cut[permutation(len(cut), 0, "tuning windows")])
     model = AutoModelForCausalLM.from_pretrained(bundled, dtype=torch.float32)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 5e-4 * min(1, (step + 1) / 5, 2 * (steps - step) / steps)
+        optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 5, 2 * (steps - step) / steps)
         tokens = windows[torch.arange(16 * step, 16 * step + 16) % len(windows)]
         loss = model(input_ids=tokens, labels=tokens).loss
         optimiser.zero_grad()
@@ -95,7 +98,7 @@ def tune(folder: Path, texts: Sequence[str], steps: int) -> None:
 
 
 def measure(options: Options) -> list[Record]:
-    size = Size(2, 15_000, 64, 4, 10) if options.quick else Size(40, 80_000, 512, 32, 400)
+    size = Size(2, 15_000, 64, 4, 10) if options.quick else Size(80, 80_000, 512, 32, 400)
     root = options.workspace.root
     documents = open_corpus("stdlib").split("all")
     to_tune, to_read = documents[0::2], documents[1::2]
@@ -111,12 +114,13 @@ def measure(options: Options) -> list[Record]:
     records = []
     for tuned, change in (("tuned", CHANGED), ("again", NULL)):
         base, other = (open_store(options.workspace.store(name)) for name in ("base", tuned))
+        costs = {"base nats": surprise(base, size.tokens // 5), "tuned nats": surprise(other, size.tokens // 5)}
         for seed in options.seeds:
             configs = [run(kind, tuned, seed, size) for kind in ("crosscoder", "batchtopk")]
             for config, dictionary in zip(configs, train(configs, options.workspace, f"{tuned}-{seed}"), strict=True):
                 kind = {"crosscoder": "L1 crosscoder", "batchtopk": "BatchTopK of both"}[config.dictionary.kind]
                 words: Record = {"kind": kind, "tuned on": change, "seed": seed}
-                records.append(words | compare(dictionary, base, other, 8192))
+                records.append(words | costs | compare(dictionary, base, other, 8192))
     return records
 
 
@@ -175,19 +179,34 @@ def compare(dictionary: Dictionary, base: Store, tuned: Store, rows: int) -> Rec
 
 
 def changed_rows(token_ids: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Whether each row is a `this` for `self`, which a point, a comma or a bracket follows, or comes just after one."""
+    """Whether each row is a `this` for `self`, or comes just after one."""
+    changed = np.zeros(len(token_ids), dtype=bool)
+    for place in np.flatnonzero(stands_for_self(token_ids) & np.append(documents[1:] == documents[:-1], False)):
+        changed[place : place + 1 + AFTER] = documents[place : place + 1 + AFTER] == documents[place]
+    return changed
+
+
+def stands_for_self(token_ids: np.ndarray) -> np.ndarray:
+    """Where a `this` has a point, a comma or a bracket after it, along the last axis."""
     from tokenizers import Tokenizer
 
     bundled = resolve_model("bundled").folder
     assert bundled is not None
-    tokens = Tokenizer.from_file(str(bundled / "tokenizer.json"))
-    ids = tokens.get_vocab()
-    this, after = [ids["this"], ids["Ġthis"]], [ids[token] for token in (".", ",", ")", "):")]
-    stands = np.isin(token_ids[:-1], this) & np.isin(token_ids[1:], after) & (documents[1:] == documents[:-1])
-    changed = np.zeros(len(token_ids), dtype=bool)
-    for place in np.flatnonzero(stands):
-        changed[place : place + 1 + AFTER] = documents[place : place + 1 + AFTER] == documents[place]
-    return changed
+    ids = Tokenizer.from_file(str(bundled / "tokenizer.json")).get_vocab()
+    this = np.isin(token_ids, [ids["this"], ids["Ġthis"]])
+    this[..., :-1] &= np.isin(token_ids[..., 1:], [ids[token] for token in (".", ",", ")", "):")])
+    this[..., -1:] = False
+    return this
+
+
+@torch.no_grad()
+def surprise(store: Store, tokens: int) -> float:
+    """Nats that a `this` for `self` costs the model of ``store``, on the store's held-out text."""
+    model, batches, nats = language_model(store), store.manifest.batches, []
+    for tokens_BT, real_BT in token_windows(store, batches["bos_token_id"], batches["context"], tokens):
+        logs = model(tokens_BT)[:, :-1].log_softmax(dim=-1).gather(2, tokens_BT[:, 1:, None])[..., 0]
+        nats.append(-logs[(torch.from_numpy(stands_for_self(tokens_BT.numpy())) & real_BT)[:, 1:]])
+    return float(torch.cat(nats).mean())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -213,6 +232,11 @@ def tables(records: Sequence[Record]) -> dict[str, Table]:
                 "of all latents": ("all", 1),
                 "all rows": ("rows changed", 1),
             },
+        ),
+        "crosscoder tuning": tabulate(
+            [r for r in records if r["seed"] == 0 and r["kind"] == records[0]["kind"]],
+            {"tuned on what is new": "tuned on"},
+            {"nats of a `this` before": ("base nats", 2), "after": ("tuned nats", 2)},
         ),
     }
 

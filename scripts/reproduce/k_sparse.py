@@ -204,8 +204,21 @@ def tables(records: Sequence[Record]) -> dict[str, Table]:
             "FVU": ("fvu", 3),
         }
         made[f"k-sparse {part}"] = tabulate(at_k, {"features": "features", "k": "k"}, columns)
+        made[f"k-sparse {part} falling"] = falling(of_part)
         made[f"k-sparse {part} alpha"] = more_active(of_part)
     return made
+
+
+def falling(records: Sequence[Record]) -> Table:
+    """What a k that falls changes, seed by seed."""
+    at_one = [record for record in records if record.get("alpha", 1) == 1]
+    rows = []
+    for k in sorted({record["k"] for record in records if record["features"] == "falling k"}):
+        pair: list[Record] = [{"features": features, "k": k} for features in ("falling k", "constant k")]
+        rows.append([str(k), *(figure(differences(at_one, key, *pair), 2) for key in ("dead", "error"))])
+    return Table(
+        ["k", "units that never fire, falling minus constant, %", "test error, falling minus constant, %"], rows
+    )
 
 
 def more_active(records: Sequence[Record]) -> Table:
