@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from dictlearn.feature_index.selectivity import Selective
 
 
+MOST_PRODUCTS = 10**12
+"""Of two decoders, the products that a page waits for, once: about a minute, or two of 32,768 latents of width 768."""
+
+
 def workspace() -> Workspace:
     """The workspace that `dictlearn app` was started on."""
     return Workspace(Path(os.environ.get(WORKSPACE_VARIABLE, "workspace")))
@@ -110,7 +114,7 @@ def decoders_agree(a: str, b: str) -> Agreement:
     """How far the decoders of two runs' dictionaries agree. Computed once: a second for some thousand latents.
 
     Raises:
-        UserError: no such run, it has no dictionary, or decoder rows of two widths.
+        UserError: no such run, it has no dictionary, decoder rows of two widths, or too many of them.
     """
     folders = [workspace().existing_run(name).dictionary for name in (a, b)]
     return _agreement(*folders, stamp(*(folder / WEIGHTS for folder in folders)))
@@ -157,7 +161,13 @@ def _fingerprint(folder: Path, stamped: tuple[int, ...]) -> str:
 
 @st.cache_resource(max_entries=32, show_spinner="matching decoder rows")
 def _agreement(a: Path, b: Path, stamped: tuple[int, ...]) -> Agreement:
-    return decoders.agreement(decoders.decoder_rows(a), decoders.decoder_rows(b))
+    rows_a, rows_b = decoders.decoder_rows(a), decoders.decoder_rows(b)
+    if rows_a.size * len(rows_b) > MOST_PRODUCTS:
+        raise UserError(
+            f"To match {len(rows_a):,} latents with {len(rows_b):,} takes longer than a page may; in a notebook, "
+            "`dictlearn.comparison.decoders.agreement` does it."
+        )
+    return decoders.agreement(rows_a, rows_b)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

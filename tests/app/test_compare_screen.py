@@ -284,6 +284,17 @@ def test_two_runs_that_cannot_be_matched_are_said_to(screen: Open, own: Path) ->
     assert "is damaged" in screen("compare", workspace=own, a="sae", b="sae-wide").notices[-1]
 
 
+def test_more_latents_than_a_page_may_wait_for_are_not_matched(screen: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dictlearn_app import loading
+
+    monkeypatch.setattr(loading, "MOST_PRODUCTS", 256 * 24 * 512 - 1)
+    loading._agreement.clear()
+    compare = screen("compare", a="sae", b="sae-wide")
+    assert compare.notices[-1].startswith("To match 256 latents with 512 takes longer than a page may")
+    assert names(compare) == ["sae"]
+    assert screen("compare", a="sae", b="transcoder-2").blocks("histogram")
+
+
 def test_an_index_of_a_run_that_was_trained_again_is_not_linked(screen: Open, own: Path) -> None:
     weights = "dictionary/dictionary.safetensors"
     shutil.copy(own / "runs" / "sae-wide" / weights, own / "runs" / "sae" / weights)
