@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dictlearn import hook_names
 from dictlearn.training.configs import TrainConfig
-from dictlearn_app import hook_names
 from dictlearn_app.run_history import RunHistory, differing, flattened
 
 SEEDS = frozenset({"seed", "order_seed"})

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from activation_store.errors import UserError
+from dictlearn import hook_names
 from dictlearn.dictionaries.description import describe
 from dictlearn.workspace import RunFiles, read_json
-from dictlearn_app import hook_names
 
 POINTS = 600
 """Points kept of a curve: more than a panel has pixels for."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from activation_store.spec import NORM_OUTLIER_RATIO
-from dictlearn.dictionaries.description import hooks_of
+from dictlearn.hook_names import in_words
 from dictlearn.terminal import bytes_in_words, print_facts, print_line, print_table
 
 if TYPE_CHECKING:
@@ -171,12 +171,11 @@ def evaluations(measured: Sequence[Evaluation]) -> None:
     title = "On held-out documents (cross-entropy and KL in nats per token)"
     print_table(title, ["", *(evaluation.run for evaluation in measured)], rows)
     for evaluation in measured:
-        sides = dict.fromkeys(hooks_of({"hook_in": evaluation.hook_in, "hook_out": evaluation.hook_out}))
-        print_line(f"  {evaluation.run}: {' -> '.join(', '.join(side) for side in sides)}")
+        print_line(f"  {evaluation.run}: {in_words(evaluation.hook_in, evaluation.hook_out)}")
         if evaluation.by_hook:
-            names = [name for name in OF_EACH_HOOK if any(name in numbers for numbers in evaluation.by_hook.values())]
-            rows = [[hook, *(found.get(name, "") for name in names)] for hook, found in evaluation.by_hook.items()]
-            print_table(f"{evaluation.run}, each hook by itself", ["", *names], rows)
+            shown = [name for name in OF_EACH_HOOK if any(name in numbers for numbers in evaluation.by_hook.values())]
+            by_hook = [[hook, *(found.get(name, "") for name in shown)] for hook, found in evaluation.by_hook.items()]
+            print_table(f"{evaluation.run}, each hook by itself", ["", *shown], by_hook)
 
 
 def feature(page: FeaturePage) -> None:

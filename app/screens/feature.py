@@ -9,8 +9,9 @@ from typing import Any
 import streamlit as st
 
 from activation_store.errors import UserError
+from dictlearn import hook_names
 from dictlearn.feature_index.read import Band, FeatureIndex, FeaturePage, TokenStrip, feature_page
-from dictlearn_app import hook_names, links, loading, router
+from dictlearn_app import links, loading, router
 from dictlearn_app.feature_list import first_latent
 from dictlearn_app.feature_scales import logit_scale, strip_scale
 from dictlearn_app.notes import Notes

@@ -9,8 +9,9 @@ from typing import Any
 import streamlit as st
 
 from activation_store.errors import UserError
+from dictlearn import hook_names
 from dictlearn.feature_index.read import FeatureIndex, TokenStrip
-from dictlearn_app import hook_names, links, loading, router
+from dictlearn_app import links, loading, router
 from dictlearn_app.feature_list import (
     MOST_ACTIVATIONS,
     OF_SEVERAL_HOOKS,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.errors import UserError
+from dictlearn.hook_names import names
 
 FORMAT = "dictlearn-dictionary"
 FORMAT_VERSION = 2
@@ -42,8 +43,4 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 def hooks_of(provenance: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """``(hooks that are encoded, hooks that are rebuilt)`` of a provenance, where one is a plain string."""
-    return _as_tuple(provenance["hook_in"]), _as_tuple(provenance["hook_out"])
-
-
-def _as_tuple(hooks: str | list[str]) -> tuple[str, ...]:
-    return (hooks,) if isinstance(hooks, str) else tuple(hooks)
+    return names(provenance["hook_in"]), names(provenance["hook_out"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dictlearn_app import hook_names
 from dictlearn_app.run_comparison import (
     as_csv,
     at_hook,
@@ -58,28 +57,6 @@ def run(
     config = {"name": name, "seed": seed, "steps": steps, "dictionary": {"kind": kind, "d_sae": 64, **dictionary}}
     provenance = {"hook_in": hook, "hook_out": target or hook, "store": {"name": store}}
     return RunHistory(name, config=config, evaluation=evaluation, provenance=provenance, finished=finished)
-
-
-# --- hooks ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("hook_in", "hook_out", "words"),
-    [
-        ("a", None, "a"),
-        (["a"], "a", "a"),
-        ("blocks.2.x", "blocks.2.y", "blocks.2.x → blocks.2.y"),
-        ([f"blocks.{i}.x" for i in range(12)], [f"blocks.{i}.y" for i in range(12)], "blocks.0–11.x → blocks.0–11.y"),
-        (["blocks.2.x", "blocks.0.x"], None, "blocks.2,0.x"),
-        (["blocks.2.x", "tuned:blocks.2.x"], None, "blocks.2.x + tuned:blocks.2.x"),
-        (["blocks.1.attn.h3", "blocks.2.attn.h4"], None, "blocks.1.attn.h3 + blocks.2.attn.h4"),
-        (["a", "a"], None, "a + a"),
-        (None, None, ""),
-        ([], "", ""),
-    ],
-)
-def test_hooks_in_words(hook_in: Any, hook_out: Any, words: str) -> None:
-    assert hook_names.in_words(hook_in, hook_out) == words
 
 
 def test_a_run_of_several_hooks_is_told_in_words_before_and_after_it_is_saved() -> None:
