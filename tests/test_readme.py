@@ -56,6 +56,13 @@ def test_every_verb_is_in_the_readme():
     assert missing == []
 
 
+def test_every_kind_of_dictionary_is_in_the_readme():
+    from dictlearn.dictionaries import REGISTRY
+
+    text = README.read_text()
+    assert [kind for kind in REGISTRY if f"`{kind}`" not in text] == []
+
+
 def test_every_verb_of_the_store_is_on_its_page():
     from dictlearn.store_commands import VERBS
 
