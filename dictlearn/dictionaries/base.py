@@ -184,8 +184,9 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:
         """Count which latents fired in a batch, in rows."""
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=codes.indices.device)
-        fired[codes.indices[codes.active()]] = True
+        places = torch.where(codes.active(), codes.indices, self.d_sae)  # empty slots all go to one past the last
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=places.device)
+        fired = fired.scatter_(0, places.flatten(), True)[:-1]
         self.rows_since_fired += ops.ranks().total_rows(len(codes))
         self.rows_since_fired[ops.ranks().anywhere_in_batch(fired)] = 0
 

@@ -17,6 +17,7 @@ Axes: B rows, D input width, O output width, S latents, K slots of the busiest r
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,9 +58,16 @@ class Penalised(TwoMatrices):
         return (self._product(x_BD) + self.b_enc).relu() @ self.W_dec
 
     def _product(self, scaled_BD: Tensor) -> Tensor:
-        """(B, S) W_enc's product with the centred input, in the input's own type."""
-        centred_BD = scaled_BD - self.b_dec if self.subtracts_b_dec else scaled_BD
-        return (centred_BD @ self.W_enc.T).to(scaled_BD.dtype)
+        """(B, S) W_enc's product with the centred input, in the input's own type.
+
+        The pre-bias is a constant in the product, and its gradient comes through another that is 0: summed over rows
+        before it is multiplied by W_enc, and not after, which would cost as much as the product itself.
+        """
+        if not self.subtracts_b_dec:
+            return (scaled_BD @ self.W_enc.T).to(scaled_BD.dtype)
+        b_pre_D = self.b_dec.detach()
+        nothing_S = self.W_enc.detach() @ (b_pre_D - self.b_dec)
+        return torch.addmm(nothing_S, scaled_BD - b_pre_D, self.W_enc.T).to(scaled_BD.dtype)
 
     def _reported(
         self, x: Tensor, total: Tensor, terms: dict[str, Tensor], codes_BS: Tensor, output_BO: Tensor
