@@ -19,7 +19,7 @@ from activation_store.store import Store, open_store
 from dictlearn.app_command import WORKSPACE_VARIABLE
 from dictlearn.circuits import graph as graphs
 from dictlearn.comparison import decoders
-from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS
+from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe
 from dictlearn.feature_index import command, selectivity
 from dictlearn.feature_index.read import FeatureIndex, open_index
 from dictlearn.workspace import Workspace
@@ -117,7 +117,8 @@ def decoders_agree(a: str, b: str) -> Agreement:
         UserError: no such run, it has no dictionary, decoder rows of two widths, or too many of them.
     """
     folders = [workspace().existing_run(name).dictionary for name in (a, b)]
-    return _agreement(*folders, stamp(*(folder / WEIGHTS for folder in folders)))
+    signed = decoders.SIGNED_CODES.isdisjoint(describe(folder)["kind"] for folder in folders)
+    return _agreement(*folders, signed, stamp(*(folder / WEIGHTS for folder in folders)))
 
 
 def notes() -> Notes:
@@ -160,14 +161,14 @@ def _fingerprint(folder: Path, stamped: tuple[int, ...]) -> str:
 
 
 @st.cache_resource(max_entries=32, show_spinner="matching decoder rows")
-def _agreement(a: Path, b: Path, stamped: tuple[int, ...]) -> Agreement:
+def _agreement(a: Path, b: Path, signed: bool, stamped: tuple[int, ...]) -> Agreement:
     rows_a, rows_b = decoders.decoder_rows(a), decoders.decoder_rows(b)
     if rows_a.size * len(rows_b) > MOST_PRODUCTS:
         raise UserError(
             f"To match {len(rows_a):,} latents with {len(rows_b):,} takes longer than a page may; in a notebook, "
             "`dictlearn.comparison.decoders.agreement` does it."
         )
-    return decoders.agreement(rows_a, rows_b)
+    return decoders.agreement(rows_a, rows_b, signed=signed)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import streamlit as st
 
 from activation_store.errors import UserError
-from dictlearn.comparison.decoders import Agreement
+from dictlearn.comparison.decoders import SIGNED_CODES, Agreement
 from dictlearn.feature_index.read import FeatureIndex
 from dictlearn_app import indexes, links, loading, router
 from dictlearn_app.contents import in_workspace
@@ -55,6 +55,8 @@ from dictlearn_app.views.tradeoffs import draw_tradeoffs
 
 COMMANDS = 6
 """As many runs have a command each; more are evaluated by one line."""
+
+WITHOUT_SIGNS = "Cosines are without their signs: codes of either sign make a latent of a direction and its opposite."
 
 ABBREVIATIONS = frozenset({"fvu", "l0", "ce", "kl"})
 
@@ -376,6 +378,7 @@ def draw_latents(
         sheet(
             [
                 *([hint(caution)] if caution else []),
+                *([hint(WITHOUT_SIGNS)] if SIGNED_CODES & {by_name[a].kind, by_name[b].kind} else []),
                 grid([[chance_block(found, a, b)], [histogram_block(found, a, b)]], least="420px"),
                 *pairs(page, opened_, a, b, replace(link, a=a, b=b, show=show)),
                 *map(hint, [*lacking, why] if why else lacking),

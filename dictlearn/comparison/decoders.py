@@ -10,6 +10,8 @@ Chance is told in two ways, since two decoders that fill the same few directions
   rows of unit length: what comes of writing into the same part of the space, without any feature in common.
 - `random`: directions drawn evenly from the sphere.
 
+Where codes have signs, a latent stands for a direction and its opposite: cosines then count without their signs.
+
 Reads no torch, but for kinds that do not keep their decoder as a matrix of its own.
 
 Axes: S latents of the one (a), T of the other (b), O output width.
@@ -30,6 +32,9 @@ from dictlearn.dictionaries.description import WEIGHTS, describe
 BLOCK_VALUES = 1 << 22
 """Cosines in memory at a time: 16 MiB."""
 
+SIGNED_CODES = frozenset({"abstopk"})
+"""Kinds of dictionary whose latents stand for a direction and its opposite."""
+
 DRAWN = 2048
 """Rows whose match among random ones is looked for: chance is a distribution, and so many draws show it."""
 
@@ -40,7 +45,7 @@ class Matches:
 
     Attributes:
         latents: (S,) int64, the latent of b; -1 for a latent that writes nothing (a decoder row of zeros).
-        cosines: (S,) float32, of the two rows; 0 for a latent that writes nothing.
+        cosines: (S,) float32, of the two rows, or its magnitude; 0 for a latent that writes nothing.
     """
 
     latents: np.ndarray
@@ -79,8 +84,12 @@ class Agreement:
         return np.stack([mutual[order], found[mutual[order]]], axis=1)
 
 
-def agreement(a_SO: np.ndarray, b_TO: np.ndarray, seed: int = 0) -> Agreement:
+def agreement(a_SO: np.ndarray, b_TO: np.ndarray, *, signed: bool = True, seed: int = 0) -> Agreement:
     """Match the decoder rows of two dictionaries, in both directions, and draw what chance would find.
+
+    Args:
+        a_SO, b_TO: rows of any length.
+        signed: whether rows that point opposite ways are unlike; not so where the codes of either have signs.
 
     Raises:
         UserError: rows of different widths, or numbers that are not finite.
@@ -91,18 +100,18 @@ def agreement(a_SO: np.ndarray, b_TO: np.ndarray, seed: int = 0) -> Agreement:
             f"Decoder rows of {a_SO.shape[1]} and of {b_TO.shape[1]} coordinates have no cosine; compare "
             "dictionaries that write to hooks of one width."
         )
-    a_in_b, b_in_a = match(a_SO, b_TO)
+    a_in_b, b_in_a = match(a_SO, b_TO, signed)
     chance = {}
     for name, own, other in (("a", a_SO, b_TO), ("b", b_TO, a_SO)):
         # Evenly spaced: latents of some kinds are ordered, such as Matryoshka's.
         some = own[np.linspace(0, len(own) - 1, min(DRAWN, len(own)), dtype=np.int64)]
         stream = numpy_stream(seed, "random decoder rows", name == "b")
-        chance[f"gaussian_{name}"] = match(some, gaussian_rows(other, stream))[0].cosines
-        chance[f"random_{name}"] = match(some, random_rows(other, stream))[0].cosines
+        chance[f"gaussian_{name}"] = match(some, gaussian_rows(other, stream), signed)[0].cosines
+        chance[f"random_{name}"] = match(some, random_rows(other, stream), signed)[0].cosines
     return Agreement(a_in_b, b_in_a, **chance)
 
 
-def match(a_SO: np.ndarray, b_TO: np.ndarray) -> tuple[Matches, Matches]:
+def match(a_SO: np.ndarray, b_TO: np.ndarray, signed: bool = True) -> tuple[Matches, Matches]:
     """The matches of a's rows among b's and of b's among a's, both of unit length or zero."""
     S, T = len(a_SO), len(b_TO)
     of_a, of_b = np.zeros(S, np.int64), np.zeros(T, np.int64)
@@ -111,6 +120,8 @@ def match(a_SO: np.ndarray, b_TO: np.ndarray) -> tuple[Matches, Matches]:
     for start in range(0, S, block):
         stop = min(start + block, S)
         cosines = a_SO[start:stop] @ b_TO.T
+        if not signed:
+            np.abs(cosines, out=cosines)
         of_a[start:stop] = cosines.argmax(axis=1)
         cosine_a[start:stop] = cosines[np.arange(stop - start), of_a[start:stop]]
         best = cosines.max(axis=0)

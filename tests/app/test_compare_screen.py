@@ -284,6 +284,21 @@ def test_two_runs_that_cannot_be_matched_are_said_to(screen: Open, own: Path) ->
     assert "is damaged" in screen("compare", workspace=own, a="sae", b="sae-wide").notices[-1]
 
 
+def test_codes_with_signs_match_opposite_directions(screen: Open, own: Path) -> None:
+    folder = add_run(own, "signed")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["dictionary"]["kind"] = "abstopk"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    description = folder / "dictionary" / "dictionary.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"kind": "abstopk"}))
+    weights = folder / "dictionary" / "dictionary.safetensors"
+    save_file({**load_file(weights), "W_dec": -load_file(weights)["W_dec"]}, weights)
+    compare = screen("compare", workspace=own, a="sae", b="signed")
+    assert {row[0]: row[1] for row in compare.table(2)}["0.95"] == "256"
+    assert any("without their signs" in notice for notice in compare.notices)
+    assert not any("without their signs" in notice for notice in screen("compare", a="sae", b="sae-wide").notices)
+
+
 def test_more_latents_than_a_page_may_wait_for_are_not_matched(screen: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     from dictlearn_app import loading
 

@@ -73,6 +73,16 @@ def test_an_opposite_direction_is_no_match() -> None:
     assert agreement(a, -a).a_in_b.cosines[0] == pytest.approx(-1, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_where_codes_have_signs_an_opposite_direction_is_the_same_latent(seed: int) -> None:
+    a = rows(seed, 60, 16)
+    signs = np.random.default_rng(seed).choice([-1, 1], size=(60, 1)).astype(np.float32)
+    found = agreement(a, signs * a, signed=False)
+    np.testing.assert_allclose(found.a_in_b.cosines, 1, atol=1e-5)
+    assert len(found.partners(0.99)) == 60 > len(agreement(a, signs * a).partners(0.99))
+    assert found.random_a.min() >= 0 and found.random_a.mean() > agreement(a, a).random_a.mean()
+
+
 def test_a_latent_that_writes_nothing_matches_nothing() -> None:
     a, b = rows(0, 12, 8), rows(1, 10, 8)
     a[3] = b[7] = 0
