@@ -18,6 +18,8 @@ from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.workspace import Workspace
 
 IN, OUT = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"
+LAYERS = 3
+"""Of the store "layered"."""
 
 
 def make_store(

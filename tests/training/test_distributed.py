@@ -18,15 +18,19 @@ import pytest
 import torch
 import yaml
 
+import dictlearn
 from activation_store.errors import UserError
+from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.training.checkpoint import Checkpoints
-from dictlearn.training.command import run_train
+from dictlearn.training.command import run_train, train_group
 from dictlearn.training.configs import TrainConfig, config_to_dict
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.parallel import refuse_what_cannot_be_shared
 from dictlearn.workspace import Workspace
-from tests.training.planted import CODEBOOK, IN, metrics, weights
+from tests.training.planted import CODEBOOK, IN, metrics
+from tests.training.test_all_kinds import runs as all_kinds
+from tests.training.test_several_hooks import ACROSS_LAYERS, ACROSS_MODELS
 
 LONG = TrainConfig(
     name="long",
@@ -42,9 +46,11 @@ LONG = TrainConfig(
 )
 
 
-def torchrun(workspace: Workspace, folder: Path, config: TrainConfig, size: int) -> subprocess.Popen:
-    path = folder / f"{config.name}-{size}.yaml"
-    path.write_text(yaml.safe_dump(config_to_dict(config)))
+def torchrun(workspace: Workspace, folder: Path, config: TrainConfig | dict, size: int) -> subprocess.Popen:
+    """A run, or a sweep as its file has it."""
+    record = config_to_dict(config) if isinstance(config, TrainConfig) else config
+    path = folder / f"{record['name']}-{size}.yaml"
+    path.write_text(yaml.safe_dump(record))
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone", "-m"]
     line += ["dictlearn.cli", "train", str(path), "--workspace", str(workspace.root)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -70,10 +76,9 @@ def assert_close_runs(workspace: Workspace, one: str, other: str) -> None:
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-3), (a["step"], key)
-    found, expected = weights(workspace, one), weights(workspace, other)
-    assert found["W_dec"].shape == expected["W_dec"].shape
-    similar = torch.cosine_similarity(found["W_dec"], expected["W_dec"])
-    assert similar.median() > 0.999
+    found, expected = (dictlearn.load(workspace.run(name).folder).W_dec for name in (one, other))
+    assert found.shape == expected.shape
+    assert torch.cosine_similarity(found, expected).median() > 0.999
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,38 @@ def test_several_processes_train_the_run_of_one(workspace, tmp_path, size, laten
     assert_close_runs(workspace, "long", "alone")
     assert output.count("training long: 15,360 tokens") == 1, "one process speaks for all"
     assert not workspace.run("long").checkpoints.exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("latent_parts", [1, 2])
+def test_two_processes_train_every_kind_as_one_does(workspace, tmp_path, latent_parts):
+    """Those whose latents can be spread, by parts of the latents too. A few steps: later the last bits have grown."""
+    alone = [replace(run, steps=12, log_every=3, latent_parts=latent_parts) for run in all_kinds("kinds")]
+    if latent_parts > 1:
+        alone = [run for run in alone if dictionary_class(run.dictionary.kind).latent_tensors]
+        assert {run.dictionary.kind for run in alone} >= {"topk", "abstopk", "ksparse"}
+    shared = {key: config_to_dict(alone[0])[key] for key in (*TrainConfig.SHARED, "optimiser", "hook")}
+    entries = [
+        {"name": run.dictionary.kind, "dictionary": record["dictionary"]}
+        | {key: record[key] for key in ("hook", "target_hook")}
+        for run in alone
+        for record in [config_to_dict(run)]
+    ]
+    finished(torchrun(workspace, tmp_path, {"name": "both", **shared, "list": entries}, 2))
+    train_group(
+        [replace(run, latent_parts=1, order_seed=0) for run in alone], workspace, workspace.sweep("a").checkpoints
+    )
+    for run in alone:
+        assert_close_runs(workspace, f"both-{run.dictionary.kind}", run.name)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("config", [ACROSS_LAYERS, ACROSS_MODELS], ids=lambda config: config.name)
+def test_two_processes_train_a_dictionary_of_several_hooks(stores, tmp_path, config):
+    short = replace(config, steps=12, log_every=3)
+    finished(torchrun(stores, tmp_path, replace(short, name="both"), 2))
+    run_train(replace(short, name="alone"), stores)
+    assert_close_runs(stores, "both", "alone")
 
 
 def wait_for_step(workspace: Workspace, name: str, least: int, process: subprocess.Popen) -> None:

@@ -10,18 +10,15 @@ import torch
 
 import dictlearn
 from activation_store.errors import UserError
-from activation_store.spec import Geometry
 from activation_store.store import open_store
 from dictlearn.dictionaries.configs import CrossLayerConfig, ICFLConfig, TopKConfig
 from dictlearn.metrics.command import EvaluateConfig, run_evaluate
-from dictlearn.synthetic import CrossLayerFeatures, write_store
 from dictlearn.training.command import check, run_train
 from dictlearn.training.configs import config_from_yaml
 from dictlearn.training.control import SideBySide
-from tests.training.planted import IN, OUT, SAE, make_store, metrics
+from tests.training.planted import IN, LAYERS, OUT, SAE, metrics
 from tests.training.test_resume import Killed, assert_same_runs, kill_at
 
-LAYERS = 3
 INPUTS, OUTPUTS = (
     tuple(f"blocks.{layer}.{name}" for layer in range(LAYERS)) for name in ("mlp.hook_in", "hook_mlp_out")
 )
@@ -36,15 +33,6 @@ ACROSS_LAYERS = replace(
     target_hook=OUTPUTS,
     dictionary=CrossLayerConfig(d_sae=96, k=3, dead_after_rows=1500),
 )
-
-
-@pytest.fixture
-def stores(workspace):
-    """Besides the store s: t, of the same tokens and another model, and the layers of a third."""
-    make_store(workspace.store("t"), fingerprint="sha256:tuned", seed=1)
-    planted = CrossLayerFeatures(layers=LAYERS, d=16, features=48, mean_l0=4.0)
-    write_store(workspace.store("layered"), planted, 3000, Geometry(64, 512))
-    return workspace
 
 
 @pytest.mark.parametrize("config", [BOTH, WHITENED, ACROSS_MODELS, ACROSS_LAYERS], ids=lambda config: config.name)
