@@ -6,8 +6,8 @@
 TopK, BatchTopK, Matryoshka and JumpReLU are told how many latents should be active. ReLU and Gated have a penalty,
 whose weights are looked for on a seed kept apart from those that are reported: a few weights, and between them log L0
 is a straight line in log weight. What is reported is the L0 that was reached. All else is each kind's default, but for
-the rate, which suits short runs, and for dead_after_rows, which has to lie within them. JumpReLU's rate was chosen
-on that seed too.
+the rate, which suits short runs, and for dead_after_rows, which has to lie within them. It is one rate for
+all kinds, chosen on that seed so that JumpReLU's thresholds, which move by their logarithm, arrive.
 
 planted    256 features on random directions of 64 coordinates, their rates a power law, 5 on in a row; 256 latents.
 tree       Features whose children are on only where their parent is: three of the benchmark's trees side by side, 20
@@ -72,7 +72,6 @@ NAMES = {
     "gated": "Gated",
     "relu": "ReLU",
 }
-JUMPRELU_RATE = 5e-3
 RESIDUAL = "blocks.2.hook_resid_post"
 Config = TrainConfig[Any]
 
@@ -88,11 +87,7 @@ def family(plain: Config, l0: int, weights: dict[str, float]) -> list[Config]:
         GatedConfig(l1_weight=weights["gated"], **common),
         ReLUConfig(l1_weight=weights["relu"], **common),
     ]
-    runs = [named(plain, f"{d.kind}-{l0}", d) for d in dictionaries]  # type: ignore[attr-defined]
-    # The thresholds move by their logarithm, and in runs this short do not arrive at the others' rate.
-    rate = max(JUMPRELU_RATE, plain.optimiser.learning_rate or 0)
-    runs[3] = replace(runs[3], optimiser=OptimiserConfig(learning_rate=rate))
-    return runs
+    return [named(plain, f"{d.kind}-{l0}", d) for d in dictionaries]  # type: ignore[attr-defined]
 
 
 def named(plain: Config, name: str, dictionary: Any) -> Config:
@@ -162,7 +157,7 @@ def measure_planted(options: Options) -> list[Record]:
     def run(seed: int) -> tuple[Config, SparseFeatures]:
         planted = SparseFeatures(seed=seed, features=features)
         name, hook = f"planted-{seed}", next(iter(planted.widths))
-        plain = plain_run(name, name, hook, seed, features, steps, 2e-3)
+        plain = plain_run(name, name, hook, seed, features, steps, 5e-3)
         write_store(options.workspace.store(plain.store), planted, rows)
         return plain, planted
 
@@ -244,7 +239,7 @@ def measure_bundled(options: Options) -> list[Record]:
     store = harvested(options, [RESIDUAL], 300_000)
 
     def plain(seed: int) -> Config:
-        return replace(plain_run(f"bundled-{seed}", store, RESIDUAL, seed, d_sae, steps, 2e-3, 256), order_seed=0)
+        return replace(plain_run(f"bundled-{seed}", store, RESIDUAL, seed, d_sae, steps, 5e-3, 256), order_seed=0)
 
     weights = find_weights(plain(SEARCH_SEED), sparsities, workspace)
     records = []
