@@ -69,6 +69,17 @@ class Codes:
         return Codes(self.indices.to(values.device), values, self.d_sae, offset)
 
     @staticmethod
+    def merged(indices_BK: Tensor, values_BK: Tensor, d_sae: int) -> Codes:
+        """Codes in which a latent may have stood in several slots of a row: its values are added up in one of them."""
+        indices_BK, order_BK = indices_BK.sort(dim=1)
+        values_BK = values_BK.gather(1, order_BK)
+        first_BK = torch.ones_like(indices_BK, dtype=torch.bool)
+        first_BK[:, 1:] = indices_BK[:, 1:] != indices_BK[:, :-1]
+        slot_BK = first_BK.cumsum(dim=1) - 1
+        sums_BK = torch.zeros_like(values_BK).scatter_add(1, slot_BK, values_BK)
+        return Codes(torch.zeros_like(indices_BK).scatter(1, slot_BK, indices_BK), sums_BK, d_sae)
+
+    @staticmethod
     def from_dense(dense_BS: Tensor, offset: Tensor | None = None) -> Codes:
         """The same activations in as few slots as the busiest row needs (at least one)."""
         slots = max(1, int((dense_BS != 0).sum(dim=1).max())) if len(dense_BS) else 1

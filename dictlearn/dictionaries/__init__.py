@@ -19,6 +19,7 @@ from dictlearn.dictionaries.configs import (
     ICFLConfig,
     JumpReLUConfig,
     KSparseConfig,
+    MatchingPursuitConfig,
     MatryoshkaConfig,
     ReLUConfig,
     SkipConfig,
@@ -40,6 +41,7 @@ REGISTRY = {
     "gated": "dictlearn.dictionaries.gated:Gated",
     "crosscoder": "dictlearn.dictionaries.crosscoder:Crosscoder",
     "clt": "dictlearn.dictionaries.cross_layer:CrossLayer",
+    "mp": "dictlearn.dictionaries.matching_pursuit:MatchingPursuit",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
 }
 CONFIGS = {
@@ -56,6 +58,7 @@ CONFIGS = {
         GatedConfig,
         CrosscoderConfig,
         CrossLayerConfig,
+        MatchingPursuitConfig,
         ICFLConfig,
     )
 }

@@ -430,6 +430,39 @@ class CrossLayerConfig:
         return self.d_sae * (input_parts[0] + 1) + decoders + sum(output_parts)
 
 
+@dataclass(frozen=True)
+class MatchingPursuitConfig:
+    """MP-SAE: codes by matching pursuit with the decoder's atoms, no encoder (Costa et al. 2025, arXiv 2506.03093)."""
+
+    kind: ClassVar[str] = "mp"
+    transcodes: ClassVar[bool] = False
+    several_hooks: ClassVar[bool] = False
+
+    d_sae: int = 4096
+    """Number of atoms."""
+    k: int = 32
+    """Most steps of the pursuit, and so most atoms active per row; may be another number after training."""
+    tolerance: float = 0.0
+    """A row stops when what is left of it is shorter than this many typical rows; 0 for never."""
+    stops_on_repeat: bool = False
+    """Whether a row stops when it would choose an atom that it has chosen before."""
+    dead_after_rows: int = 10_000_000
+    """An atom counts as dead when it has not fired for this many rows (tokens)."""
+    scaling: Literal["mean_square", "none"] = "mean_square"
+    """Units of training: data of unit variance, or raw."""
+    initial_decoder: Literal["random", "data"] = "random"
+    """Where atoms begin: along random directions, or mostly along data points."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_choices(self)
+        _check_positive(self, "d_sae", "k", "dead_after_rows")
+        if self.k > self.d_sae:
+            raise UserError(f"k is {self.k}, more than the {self.d_sae} atoms of d_sae; lower k or raise d_sae.")
+        if not 0 <= self.tolerance < 1:
+            raise UserError(f"tolerance is {self.tolerance}; it must lie between 0 (never stop early) and below 1.")
+
+
 def _check_positive(config: object, *fields: str) -> None:
     for field in fields:
         if getattr(config, field) < 1:

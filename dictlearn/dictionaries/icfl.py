@@ -20,6 +20,7 @@ Axes: B rows, D width, S atoms, L atoms per round, J rounds, K = J L slots.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -65,8 +66,8 @@ class ICFL(Dictionary):
 
     def encode(self, x: Tensor) -> Codes:
         unit_BD, length_B1 = self._unit_rows(x)
-        values_BK, indices_BK = self._pursue(unit_BD)
-        return Codes(indices_BK, values_BK * length_B1, self.d_sae)
+        codes = self._pursue(unit_BD)
+        return replace(codes, values=codes.values * length_B1)
 
     def decode(self, codes: Codes) -> Tensor:
         return ops.decode(codes.values, codes.indices, self.atoms) @ self.unwhiten + self.mean
@@ -78,10 +79,10 @@ class ICFL(Dictionary):
         """
         with torch.autocast(x.device.type, enabled=False):
             unit_BD, length_B1 = self._unit_rows(x)
-            values_BK, indices_BK = self._pursue(unit_BD)
-            rebuilt_BD = ops.decode(values_BK, indices_BK, self.atoms)
+            codes = self._pursue(unit_BD)
+            rebuilt_BD = ops.decode(codes.values, codes.indices, self.atoms)
             mse = (unit_BD - rebuilt_BD).square().sum(dim=1).mean()
-            codes = Codes(indices_BK, values_BK * length_B1, self.d_sae)
+            codes = replace(codes, values=codes.values * length_B1)
             output_BD = (rebuilt_BD.detach() * length_B1) @ self.unwhiten + self.mean
         return Loss(mse, {"mse": mse.detach()}, codes, output_BD)
 
@@ -123,8 +124,8 @@ class ICFL(Dictionary):
         return u_BD / length_B1, length_B1
 
     @torch.no_grad()
-    def _pursue(self, unit_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Algorithm 1: ``(values (B, K), indices (B, K))``, an atom chosen in two rounds merged into one slot."""
+    def _pursue(self, unit_BD: Tensor) -> Codes:
+        """Algorithm 1; an atom chosen in two rounds has one slot."""
         gram_SS = self.atoms @ self.atoms.T
         norms_S = gram_SS.diagonal().clamp_min(1e-12).sqrt()
         products_BS = unit_BD @ self.atoms.T
@@ -142,15 +143,4 @@ class ICFL(Dictionary):
             indices.append(chosen_BL)
             if round_ + 1 < self.config.rounds:
                 products_BS -= F.embedding_bag(chosen_BL, gram_SS, mode="sum", per_sample_weights=c_BL)
-        return _merged(torch.cat(values, dim=1), torch.cat(indices, dim=1))
-
-
-def _merged(values_BK: Tensor, indices_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up the values of equal indices in a row; the slots left over are empty."""
-    indices_BK, order_BK = indices_BK.sort(dim=1)
-    values_BK = values_BK.gather(1, order_BK)
-    first_BK = torch.ones_like(indices_BK, dtype=torch.bool)
-    first_BK[:, 1:] = indices_BK[:, 1:] != indices_BK[:, :-1]
-    slot_BK = first_BK.cumsum(dim=1) - 1
-    merged_BK = torch.zeros_like(values_BK).scatter_add(1, slot_BK, values_BK)
-    return merged_BK, torch.zeros_like(indices_BK).scatter(1, slot_BK, indices_BK)
+        return Codes.merged(torch.cat(indices, dim=1), torch.cat(values, dim=1), self.d_sae)

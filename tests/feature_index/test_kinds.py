@@ -35,6 +35,7 @@ SETTINGS = {
     "abstopk": dict(k=4),
     "skip": dict(k=4),
     "ksparse": dict(k=6, alpha=1.5),
+    "mp": dict(k=4),
     "icfl": dict(rounds=3, width=2),
     "clt": dict(k=3),
 }
