@@ -90,7 +90,7 @@ def measure(task: Task, options: Options) -> list[Record]:
         hook=INPUT,
         target_hook=OUTPUT,
         dictionary=TopKConfig(d_sae=task.d_sae, dead_after_rows=task.steps * 256 // 10),
-        optimiser=OptimiserConfig(learning_rate=2e-3),
+        optimiser=OptimiserConfig(learning_rate=5e-3),
         batch_size=256,
         steps=task.steps,
         order_seed=0,
