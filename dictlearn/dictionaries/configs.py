@@ -452,6 +452,8 @@ class MatchingPursuitConfig:
     """Units of training: data of unit variance, or raw."""
     initial_decoder: Literal["random", "data"] = "random"
     """Where atoms begin: along random directions, or mostly along data points."""
+    bias: Literal["learned", "none"] = "learned"
+    """What the pursuit begins from: learned, from the rows' geometric median on; or none, where 0 means nothing."""
 
     def check(self, d_in: int, d_out: int) -> None:
         """Raise UserError when no such dictionary can exist on activations of these widths."""

@@ -63,7 +63,7 @@ class MatchingPursuit(Dictionary):
     def __init__(self, config: MatchingPursuitConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.W = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_in), requires_grad=config.bias == "learned")
         self.input_scaling, self.target_scaling = scalings(config.scaling, self.input_parts, None)
         self.register_buffer("tolerance", torch.tensor(config.tolerance * self.d_in**0.5))
         self.k = config.k
@@ -104,7 +104,8 @@ class MatchingPursuit(Dictionary):
             examples_S = torch.randint(len(x), (self.d_sae,), generator=generator)
             atoms_SD = towards(x_BD, examples_S, atoms_SD)
         self.W.copy_(atoms_SD)
-        self.b_dec.copy_(geometric_median(x_BD))
+        if self.config.bias == "learned":
+            self.b_dec.copy_(geometric_median(x_BD))
 
     @torch.no_grad()
     def project_gradients(self) -> None:

@@ -205,14 +205,9 @@ def held_out(
     workspace: Workspace, store: str, hook: str, target_hook: str | None, rows: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Held-out rows of a store, raw, and their targets."""
-    opened = open_store(workspace.store(store))
-    for start, stop in opened.split_rows("held-out"):
-        for first in range(start, min(stop, start + rows), 4096):
-            last = min(first + 4096, stop, start + rows)
-            x, target = (opened.tensor(h, first, last).float().flatten(1) if h else None for h in (hook, target_hook))
-            assert x is not None
-            yield x, target
-        rows -= min(stop - start, rows)
+    from dictlearn.metrics.evaluation import row_batches
+
+    yield from row_batches(open_store(workspace.store(store)), (hook,), (target_hook or hook,), rows, 4096)
 
 
 def downstream(dictionary: Dictionary, store: Store, tokens: int) -> Downstream:

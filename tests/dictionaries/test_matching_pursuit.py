@@ -30,6 +30,7 @@ class TestMatchingPursuit(DictionaryTests):
             "stopping early": {"tolerance": 0.5},
             "stopping on a repeat": {"k": 20, "stops_on_repeat": True},
             "from data points": {"initial_decoder": "data"},
+            "without a bias": {"bias": "none"},
             "one step": {"k": 1},
         }
         return {
@@ -65,6 +66,10 @@ class TestMatchingPursuit(DictionaryTests):
                 errors.append((dictionary.decode(codes) - x).square().sum(dim=1))
             steps = torch.stack(errors).diff(dim=0)
             assert (steps <= 1e-9).all() and (steps < -1e-6).any(dim=1).all()
+
+    def test_without_a_bias_there_is_none(self):
+        dictionary = self.trained(False, make=lambda d_in, d_out: self.make(d_in, d_out, bias="none"))
+        assert not dictionary.b_dec.any() and self.trained(False).b_dec.any()
 
     def test_atoms_keep_unit_norm(self):
         for seed in range(3):

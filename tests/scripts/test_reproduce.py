@@ -101,6 +101,16 @@ def test_trees_side_by_side_do_not_touch_each_other():
 
 
 @pytest.mark.heavy
+def test_matching_pursuit_stands_beside_kinds_with_a_fixed_number(tmp_path):
+    tables = quick("mp_sae", "tree", tmp_path / "tree")["tables"]
+    assert [row[:2] for row in tables["mp tree"][1:]] == [["1", "MP-SAE"], ["3", "MP-SAE"], ["3", "BatchTopK"]]
+    tables = quick("mp_sae", "bundled", tmp_path / "bundled")["tables"]
+    rows = [[k, name] for name in ("MP-SAE", "TopK") for k in ("4", "8", "16")]
+    assert [row[:2] for row in tables["mp bundled"][1:]] == rows
+    assert tables["mp bundled over TopK"][0][1:] == ["k = 4", "k = 8", "k = 16"]
+
+
+@pytest.mark.heavy
 def test_transcoders_stand_beside_the_linear_path(tmp_path):
     tables = quick("transcoder", "bundled", tmp_path)["tables"]
     kinds = ["linear path alone", "transcoder", "SAE of the output", "skip transcoder"]
