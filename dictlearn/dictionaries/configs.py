@@ -248,7 +248,7 @@ class ReLUConfig(PenalisedConfig):
 
 
 @dataclass(frozen=True)
-class CrosscoderConfig(PenalisedConfig):
+class CrosscoderConfig(ReLUConfig):
     """Latents that several hooks share, with an L1 penalty by the norms of their decoders (Lindsey et al. 2024)."""
 
     kind: ClassVar[str] = "crosscoder"
@@ -256,11 +256,6 @@ class CrosscoderConfig(PenalisedConfig):
 
     l1_weight: float = 0.1
     """Weight of the mean sum of a row's codes, each times its decoder norms in all hooks, beside the squared error."""
-
-    def check(self, d_in: int, d_out: int) -> None:
-        """Raise UserError when no such dictionary can exist on activations of these widths."""
-        super().check(d_in, d_out)
-        _check_weight(self, "l1_weight")
 
     def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:
         """Raise UserError when no such dictionary can exist on several hooks of these widths."""

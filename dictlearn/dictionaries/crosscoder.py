@@ -24,29 +24,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dictlearn.dictionaries.base import ControlStatistics, Loss
+from dictlearn.dictionaries.base import ControlStatistics
 from dictlearn.dictionaries.configs import CrosscoderConfig
 from dictlearn.dictionaries.parts import norms_of_parts
-from dictlearn.dictionaries.penalised import Penalised
+from dictlearn.dictionaries.relu import ReLU
 
 
-class Crosscoder(Penalised):
+class Crosscoder(ReLU):
     kind = "crosscoder"
     Config = CrosscoderConfig
     config: CrosscoderConfig
-
-    def activate(self, product_BS: Tensor) -> Tensor:
-        return (product_BS + self.b_enc).relu()
-
-    def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
-        x_BD, target_BO = self._scaled(x, target)
-        codes_BS = self.activate(self._product(x_BD))
-        output_BO = codes_BS @ self.W_dec + self.b_dec
-        mse = (target_BO - output_BO).square().mean()
-        norms_S = norms_of_parts(self.W_dec, self.output_parts).sum(dim=1)
-        l1 = (codes_BS * norms_S).sum(dim=1).mean() / self.length
-        total = mse + self.config.l1_weight * self.warmed * l1
-        return self._reported(x, total, {"mse": mse, "l1": l1}, codes_BS, output_BO)
 
     @torch.no_grad()
     def initialise(
@@ -62,3 +49,6 @@ class Crosscoder(Penalised):
 
     def constrain(self) -> None:
         """Nothing, for the same reason."""
+
+    def _sizes(self, codes_BS: Tensor) -> Tensor:
+        return codes_BS * norms_of_parts(self.W_dec, self.output_parts).sum(dim=1)

@@ -36,6 +36,10 @@ class ReLU(Penalised):
         codes_BS = self.activate(self._product(x_BD))
         output_BO = codes_BS @ self.W_dec + self.b_dec
         mse = (target_BO - output_BO).square().mean()
-        l1 = codes_BS.sum(dim=1).mean() / self.length
+        l1 = self._sizes(codes_BS).sum(dim=1).mean() / self.length
         total = mse + self.config.l1_weight * self.warmed * l1
         return self._reported(x, total, {"mse": mse, "l1": l1}, codes_BS, output_BO)
+
+    def _sizes(self, codes_BS: Tensor) -> Tensor:
+        """(B, S) what the penalty sums up: the codes themselves, since decoder rows have unit norm."""
+        return codes_BS
