@@ -95,6 +95,10 @@ class TopKConfig:
         """Raise UserError when no such dictionary can exist on several hooks of these widths."""
         _check_scaling_of_parts(self.scaling, input_parts)
 
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return _in_two_matrices(self.d_sae, input_parts, output_parts)
+
 
 @dataclass(frozen=True)
 class BatchTopKConfig(TopKConfig):
@@ -165,8 +169,7 @@ class SkipConfig(TopKConfig):
 
     def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
         """Numbers that such a dictionary learns."""
-        d_in, d_out = sum(input_parts), sum(output_parts)
-        return self.d_sae * (d_in + d_out + 1) + d_out + d_in * d_out
+        return _in_two_matrices(self.d_sae, input_parts, output_parts) + sum(input_parts) * sum(output_parts)
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,10 @@ class KSparseConfig:
         if after > self.d_sae:
             raise UserError(f"alpha * k is {after}, more than the {self.d_sae} latents of d_sae; lower alpha or k.")
 
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return self.d_sae * (sum(input_parts) + 1) + sum(input_parts)
+
 
 @dataclass(frozen=True)
 class PenalisedConfig:
@@ -230,6 +237,10 @@ class PenalisedConfig:
     def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:
         """Raise UserError when no such dictionary can exist on several hooks of these widths."""
         _check_scaling_of_parts(self.scaling, input_parts)
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return _in_two_matrices(self.d_sae, input_parts, output_parts)
 
 
 @dataclass(frozen=True)
@@ -300,6 +311,10 @@ class JumpReLUConfig(PenalisedConfig):
             if not 0 < getattr(self, field) < math.inf:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be above 0.")
 
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return _in_two_matrices(self.d_sae, input_parts, output_parts) + self.d_sae
+
 
 @dataclass(frozen=True)
 class GatedConfig(PenalisedConfig):
@@ -319,6 +334,10 @@ class GatedConfig(PenalisedConfig):
         _check_weight(self, "auxiliary_weight")
         if self.auxiliary_weight == 0:
             raise UserError("auxiliary_weight is 0; the gate would learn from the penalty alone and close for good.")
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return _in_two_matrices(self.d_sae, input_parts, output_parts) + 2 * self.d_sae
 
 
 @dataclass(frozen=True)
@@ -366,6 +385,10 @@ class ICFLConfig:
         _check_shrinkage(self.shrinkage)
         if not 0 < self.reset_cosine <= 1:
             raise UserError(f"reset_cosine is {self.reset_cosine}; it must lie above 0 and at most at 1.")
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return self.d_sae * sum(input_parts)
 
 
 @dataclass(frozen=True)
@@ -419,7 +442,7 @@ class CrossLayerConfig:
             )
 
     def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
-        """Numbers that are learned."""
+        """Numbers that such a dictionary learns."""
         of_layer = self.d_sae // len(input_parts)
         decoders = sum((layer + 1) * of_layer * width for layer, width in enumerate(output_parts))
         return self.d_sae * (input_parts[0] + 1) + decoders + sum(output_parts)
@@ -458,6 +481,15 @@ class MatchingPursuitConfig:
             raise UserError(f"k is {self.k}, more than the {self.d_sae} atoms of d_sae; lower k or raise d_sae.")
         if not 0 <= self.tolerance < 1:
             raise UserError(f"tolerance is {self.tolerance}; it must lie between 0 (never stop early) and below 1.")
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return self.d_sae * sum(input_parts) + (sum(input_parts) if self.bias == "learned" else 0)
+
+
+def _in_two_matrices(d_sae: int, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+    """Numbers in an encoder and a decoder with a bias each."""
+    return d_sae * (sum(input_parts) + sum(output_parts) + 1) + sum(output_parts)
 
 
 def _check_positive(config: object, *fields: str) -> None:

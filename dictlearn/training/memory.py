@@ -35,7 +35,7 @@ Widths = tuple[Sequence[int], Sequence[int]]
 
 
 def parameters(config: Any, widths: Widths) -> int:
-    """Numbers that a dictionary of this config learns; a kind of another form than two matrices says so itself."""
+    """Numbers that a dictionary of this config learns; of a kind that does not say, those of two matrices."""
     if hasattr(config, "parameters"):
         return config.parameters(*widths)
     d_in, d_out = map(sum, widths)

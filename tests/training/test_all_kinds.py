@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dictlearn.dictionaries import CONFIGS
+from dictlearn.dictionaries import CONFIGS, dictionary_class
 from dictlearn.metrics.command import EvaluateConfig, run_evaluate
 from dictlearn.training.command import train_group
 from dictlearn.training.configs import TrainConfig
+from dictlearn.training.memory import parameters
 from dictlearn.workspace import Workspace
 from tests.training.planted import IN, OUT, SAE, metrics
 from tests.training.test_resume import Killed, assert_same_runs, kill_at
@@ -63,3 +64,14 @@ def test_every_kind_learns_in_a_sweep_and_resumes_with_the_others(workspace, mon
         assert np.mean([line["fvu"] for line in lines[-3:]]) < 0.9 * lines[0]["fvu"], kind
         found = run_evaluate(EvaluateConfig(f"whole-{kind}", tokens=0), workspace)
         assert found.reconstruction["fvu"] < 0.9 * lines[0]["fvu"], kind
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_plan_counts_what_a_kind_learns(kind):
+    config = CONFIGS[kind](d_sae=64, **NUMBERS.get(kind, {"k": 4}))
+    several = kind in ("crosscoder", "clt")
+    inputs = (6, 6) if several else (12,)
+    outputs = inputs if not getattr(config, "transcodes", True) else (4, 5) if several else (9,)
+    dictionary = dictionary_class(kind)(config, inputs, None if outputs == inputs else outputs)
+    learned = sum(parameter.numel() for parameter in dictionary.parameters() if parameter.requires_grad)
+    assert parameters(config, (inputs, outputs)) == learned
