@@ -138,7 +138,7 @@ def _width(store: Store, hook: str) -> int:
     if hook not in store.hooks:
         raise UserError(
             f"The store {store.name!r} has no hook {hook!r}; it holds {', '.join(store.hooks)}. "
-            "Choose one of them, or harvest the hook."
+            + ("Name its store in aligned_stores." if ":" in hook else "Choose one of them, or harvest the hook.")
         )
     return store.d(hook)
 
