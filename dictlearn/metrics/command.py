@@ -89,7 +89,7 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
         if hook not in store.hooks:
             raise UserError(f"The store {store.name!r} has no hook {hook!r}, which the run {config.run!r} needs.")
     there = read_evaluation(files)
-    if there is not None and (there.store_fingerprint, there.asked) == (store.fingerprint, asked(config)):
+    if there is not None and (there.store_fingerprint, there.asked) == (fingerprint(store), asked(config)):
         return there
     if config.tokens:
         for each in store.together:
@@ -99,6 +99,11 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     evaluation = evaluate(config, files, store, progress or NoProgress())
     write_evaluation(evaluation, files)
     return evaluation
+
+
+def fingerprint(store: Store) -> str:
+    """Of all stores that the numbers come from: another harvest of an aligned one makes them stale too."""
+    return "+".join(each.fingerprint for each in store.together)
 
 
 def _refuse_without_text_or_model(store: Store) -> None:

@@ -17,7 +17,7 @@ from activation_store.store import Store
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.description import hooks_of
 from dictlearn.dictionaries.files import load
-from dictlearn.metrics.command import EvaluateConfig, Evaluation, asked
+from dictlearn.metrics.command import EvaluateConfig, Evaluation, asked, fingerprint
 from dictlearn.metrics.downstream import Downstream, measure_downstream, measure_each_downstream
 from dictlearn.metrics.reconstruction import measure_reconstruction
 from dictlearn.workspace import RunFiles
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, files: RunFiles, store: Store, progress: Pr
     return Evaluation(
         run=files.name,
         store=store.name,
-        store_fingerprint=store.fingerprint,
+        store_fingerprint=fingerprint(store),
         asked=asked(config),
         hook_in=dictionary.provenance["hook_in"],
         hook_out=dictionary.provenance["hook_out"],

@@ -12,7 +12,7 @@ import dictlearn
 from activation_store.errors import UserError
 from activation_store.store import open_store
 from dictlearn.dictionaries.configs import CrossLayerConfig, ICFLConfig, TopKConfig
-from dictlearn.metrics.command import EvaluateConfig, run_evaluate
+from dictlearn.metrics.command import EvaluateConfig, run_evaluate, write_evaluation
 from dictlearn.training.command import check, run_train
 from dictlearn.training.configs import config_from_yaml
 from dictlearn.training.control import SideBySide
@@ -83,6 +83,12 @@ def test_a_dictionary_across_models_says_which_they_were(stores):
     assert made_from["model"]["fingerprint"] == "sha256:model"
     (other,) = made_from["aligned_stores"]
     assert other["name"] == "t" and other["model"]["fingerprint"] == "sha256:tuned"
+    found = run_evaluate(EvaluateConfig("models", tokens=0), stores)
+    first, second = (open_store(stores.store(name)).fingerprint for name in ("s", "t"))
+    assert found.store_fingerprint == f"{first}+{second}"
+    for written, again in ((first + "+sha256:before", True), (found.store_fingerprint, False)):
+        write_evaluation(replace(found, store_fingerprint=written, split="an old one"), stores.run("models"))
+        assert (run_evaluate(EvaluateConfig("models", tokens=0), stores) == found) == again
     with pytest.raises(UserError, match="is of several aligned stores; leave --store out"):
         run_evaluate(EvaluateConfig("models", store="s", tokens=0), stores)
 
