@@ -40,6 +40,11 @@ class Group:
         if size > 1:
             import torch.distributed as dist
 
+            # Its functions keep, as a default, the group that there is when it is imported. Imported later, by the
+            # model's libraries, it kept gloo's threads past `close`, and one of them that let go of its last tensor
+            # while the interpreter ended aborted the process (github.com/pytorch/pytorch/issues/190489).
+            import torch.distributed.nn.functional
+
             dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE)
 
     @classmethod
