@@ -43,7 +43,7 @@ class Group:
             # Its functions keep, as a default, the group that there is when it is imported. Imported later, by the
             # model's libraries, it kept gloo's threads past `close`, and one of them that let go of its last tensor
             # while the interpreter ended aborted the process (github.com/pytorch/pytorch/issues/190489).
-            import torch.distributed.nn.functional
+            import torch.distributed.nn.functional  # noqa: F401
 
             dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: see `activation_store.harvest.ranks`
 
 from activation_store.errors import UserError
 from dictlearn import ops

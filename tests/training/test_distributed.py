@@ -28,6 +28,7 @@ from dictlearn.training.configs import TrainConfig, config_to_dict
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.parallel import refuse_what_cannot_be_shared
 from dictlearn.workspace import Workspace
+from tests.command_with_threads import no_group_is_left
 from tests.training.planted import CODEBOOK, IN, metrics
 from tests.training.test_all_kinds import runs as all_kinds
 from tests.training.test_several_hooks import ACROSS_LAYERS, ACROSS_MODELS
@@ -52,7 +53,7 @@ def torchrun(workspace: Workspace, folder: Path, config: TrainConfig | dict, siz
     path = folder / f"{record['name']}-{size}.yaml"
     path.write_text(yaml.safe_dump(record))
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone", "-m"]
-    line += ["dictlearn.cli", "train", str(path), "--workspace", str(workspace.root)]
+    line += ["tests.command_with_threads", "train", str(path), "--workspace", str(workspace.root)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -90,6 +91,7 @@ def test_several_processes_train_the_run_of_one(workspace, tmp_path, size, laten
     output = finished(torchrun(workspace, tmp_path, replace(LONG, latent_parts=latent_parts), size))
     assert_close_runs(workspace, "long", "alone")
     assert output.count("training long: 15,360 tokens") == 1, "one process speaks for all"
+    assert no_group_is_left(output, size)
     assert not workspace.run("long").checkpoints.exists()
 
 

@@ -20,6 +20,7 @@ from activation_store.spec import Geometry
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk, assert_same_files
 from tests.activation_store.small_store import HOOKS, ROWS, append, document_of_row, open_writer, stored, token_ids
+from tests.command_with_threads import no_group_is_left
 
 
 @dataclass
@@ -143,23 +144,9 @@ HARVEST = ["--hooks", "blocks.0.hook_resid_post", "--tokens", "6000", "--rows-pe
 HARVEST += ["--batch-size", "4", "--threads", "1"]
 
 
-WATCHED = """
-import atexit, os, sys
-from pathlib import Path
-from dictlearn.cli import main
-
-def say():
-    print("threads at the end:", *(file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")))
-
-atexit.register(say)
-main()
-"""
-
-
 def dictlearn(*arguments: str, cwd: Path, ranks: int = 1, environment: dict[str, str] | None = None):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    (cwd / "watched.py").write_text(WATCHED)
-    command = [sys.executable, *torchrun, "watched.py", *arguments]
+    command = [sys.executable, *torchrun, "-m", "tests.command_with_threads", *arguments]
     found = {"PYTHONPATH": os.getcwd()} | (environment or {})
     return subprocess.run(command, cwd=cwd, env=os.environ | found, capture_output=True, text=True, timeout=300)
 
@@ -178,8 +165,7 @@ def test_torchrun_gives_the_store_of_one_process(tmp_path):
     assert_same_files(tmp_path / "workspace/stores/two.zarr", tmp_path / "workspace/stores/one.zarr")
     said = together.stdout.splitlines()
     assert len([line for line in said if "rows of blocks.0.hook_resid_post" in line]) == 1, "only rank 0 speaks"
-    threads = [line for line in said if "threads at the end" in line]
-    assert len(threads) == 2 and not any("gloo" in line for line in threads), "a group's threads outlive it"
+    assert no_group_is_left(together.stdout, 2)
 
 
 DYING = """
