@@ -12,10 +12,11 @@ learning" (arXiv 2412.16247, ICML 2025): algorithm 1 (encoder), section 3 (white
 Codes are |u| z, so that decoding needs the codes alone. The paper also learns a bias inside the unit sphere; a row's
 length is not known to a decoder that sees codes, so ours stays at the control mean (the same place for centred rows).
 
-The residual itself is never formed. With the Gram matrix G = W W^T the inner products of the next residual are those of
-this one minus c G[I], and the small systems are G[I, I]: B L M multiplications a round instead of B D M.
+The residual itself is not formed. With the Gram matrix G = W W^T the inner products of the next residual are those of
+this one minus c G[I], and the small systems are G[I, I]: B L S multiplications a round instead of B D S. Where G itself
+would take more, or too much memory, residuals are formed after all.
 
-Axes: B rows, D width, S atoms, L atoms per round, J rounds, K = J L slots.
+Axes: B rows, b rows of a block, D width, S atoms, L atoms per round, J rounds, K = J L slots.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,13 +33,23 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import Dictionary, Loss, Update, Width, forget_moments
 from dictlearn.dictionaries.configs import ICFLConfig
-from dictlearn.dictionaries.scaling import whitening
+from dictlearn.dictionaries.scaling import LEAST, whitening
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import ControlStatistics
 
 RIDGE = 1e-6
 """Added to the diagonal of each L x L system: two nearly equal atoms in one round would otherwise explode."""
+PRODUCTS = 2**19
+"""Inner products of rows and atoms there are at once on a CPU: 2 MiB of float32, which stay in its cache."""
+LEAST_ROWS = 64
+"""Of a block, however many atoms there are: the operations of a round have a cost of their own."""
+STRIP = 512
+"""Rows of the Gram matrix computed at once; what mirrors an earlier strip is copied."""
+MOST_ATOMS = 2**14
+"""With more, the Gram matrix would take over 1 GiB, and residuals are formed instead."""
+FEW = 16
+"""Most atoms of a round for which looking for one after the other is faster than torch.topk."""
 
 
 class ICFL(Dictionary):
@@ -65,12 +77,13 @@ class ICFL(Dictionary):
         return self.mean
 
     def encode(self, x: Tensor) -> Codes:
-        unit_BD, length_B1 = self._unit_rows(x)
-        codes = self._pursue(unit_BD)
+        with torch.autocast(x.device.type, enabled=False):
+            unit_BD, length_B1 = self._unit_rows(x)
+            codes = self._pursue(unit_BD)
         return replace(codes, values=codes.values * length_B1)
 
     def decode(self, codes: Codes) -> Tensor:
-        return ops.decode(codes.values, codes.indices, self.atoms) @ self.unwhiten + self.mean
+        return self._raw(ops.decode(codes.values, codes.indices, self.atoms))
 
     def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
         """Squared error of the unit rows; the codes are constants, only the atoms learn.
@@ -83,7 +96,7 @@ class ICFL(Dictionary):
             rebuilt_BD = ops.decode(codes.values, codes.indices, self.atoms)
             mse = (unit_BD - rebuilt_BD).square().sum(dim=1).mean()
             codes = replace(codes, values=codes.values * length_B1)
-            output_BD = (rebuilt_BD.detach() * length_B1) @ self.unwhiten + self.mean
+            output_BD = self._raw(rebuilt_BD.detach() * length_B1)
         return Loss(mse, {"mse": mse.detach()}, codes, output_BD)
 
     @torch.no_grad()
@@ -119,28 +132,96 @@ class ICFL(Dictionary):
         return self.copy()
 
     def _unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        u_BD = (x - self.mean) @ self.whiten
+        u_BD = x - self.mean
+        if self.config.whiten:
+            u_BD = u_BD @ self.whiten
         length_B1 = u_BD.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return u_BD / length_B1, length_B1
+
+    def _raw(self, u_BD: Tensor) -> Tensor:
+        return (u_BD @ self.unwhiten if self.config.whiten else u_BD) + self.mean
 
     @torch.no_grad()
     def _pursue(self, unit_BD: Tensor) -> Codes:
         """Algorithm 1; an atom chosen in two rounds has one slot."""
-        gram_SS = self.atoms @ self.atoms.T
-        norms_S = gram_SS.diagonal().clamp_min(1e-12).sqrt()
-        products_BS = unit_BD @ self.atoms.T
-        ridge_LL = RIDGE * torch.eye(self.config.width, dtype=unit_BD.dtype, device=unit_BD.device)
-        values, indices = [], []
-        for round_ in range(self.config.rounds):
-            score_BS = products_BS / norms_S if self.config.select_by_cosine else products_BS
-            chosen_BL = score_BS.topk(self.config.width, dim=1, sorted=False).indices
-            system_BLL = gram_SS[chosen_BL[:, :, None], chosen_BL[:, None, :]] + ridge_LL
-            factor_BLL, failed_B = torch.linalg.cholesky_ex(system_BLL)
-            right_BL1 = products_BS.gather(1, chosen_BL)[:, :, None]
-            c_BL = torch.cholesky_solve(right_BL1, factor_BLL).squeeze(2)
-            c_BL = torch.where((failed_B == 0)[:, None], c_BL, torch.zeros_like(c_BL))
-            values.append(c_BL)
-            indices.append(chosen_BL)
-            if round_ + 1 < self.config.rounds:
-                products_BS -= F.embedding_bag(chosen_BL, gram_SS, mode="sum", per_sample_weights=c_BL)
-        return Codes.merged(torch.cat(indices, dim=1), torch.cat(values, dim=1), self.d_sae)
+        rounds, width = self.config.rounds, self.config.width
+        if self.config.select_by_cosine:  # with atoms of unit norm the inner products are the cosines
+            norms_S = torch.linalg.vector_norm(self.atoms, dim=1).clamp_min(LEAST)
+            W_SD = self.atoms / norms_S[:, None]
+            values_BK, indices_BK = pursue(unit_BD, W_SD, RIDGE / norms_S.square(), rounds, width)
+            values_BK = values_BK / norms_S[indices_BK]
+        else:
+            ridge_S = torch.full_like(self.atoms[:, 0], RIDGE)
+            values_BK, indices_BK = pursue(unit_BD, self.atoms, ridge_S, rounds, width)
+        return Codes.merged(indices_BK, values_BK, self.d_sae)
+
+
+@torch.no_grad()
+def pursue(rows_BD: Tensor, W_SD: Tensor, ridge_S: Tensor, rounds: int, width: int) -> tuple[Tensor, Tensor]:
+    """``(coefficients, atoms)``, each (B, K): those of one round after those of the other, block by block of rows.
+
+    Args:
+        ridge_S: what is added to the squared norm of each atom in the small systems.
+    """
+    atoms = len(W_SD)
+    gram_SS = _gram(W_SD) if atoms <= min((rounds - 1) * len(rows_BD), MOST_ATOMS) else None
+    diagonal_S = W_SD.square().sum(dim=1) + ridge_S
+    block = max(LEAST_ROWS, PRODUCTS // atoms) if rows_BD.device.type == "cpu" else max(1, len(rows_BD))
+    found = [_pursue_block(rows_bD, W_SD, gram_SS, diagonal_S, rounds, width) for rows_bD in rows_BD.split(block)]
+    values, indices = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+def _gram(W_SD: Tensor) -> Tensor:
+    """(S, S) inner products of the atoms, each computed once."""
+    gram_SS = W_SD.new_empty(len(W_SD), len(W_SD))
+    for first in range(0, len(W_SD), STRIP):
+        last = first + STRIP
+        torch.mm(W_SD[first:last], W_SD[first:].T, out=gram_SS[first:last, first:])
+        gram_SS[last:, first:last] = gram_SS[first:last, last:].T
+    return gram_SS
+
+
+def _pursue_block(
+    residual_bD: Tensor, W_SD: Tensor, gram_SS: Tensor | None, diagonal_S: Tensor, rounds: int, width: int
+) -> tuple[Tensor, Tensor]:
+    values, indices = [], []
+    products_bS = residual_bD @ W_SD.T
+    i_P, j_P = torch.tril_indices(width, width, offset=-1, device=W_SD.device)
+    for round_ in range(rounds):
+        right_bL, chosen_bL = _largest(products_bS, width)
+        system_bLL = torch.diag_embed(diagonal_S[chosen_bL])  # above the diagonal nothing is read
+        if gram_SS is None:
+            atoms_bLD = W_SD[chosen_bL]
+            system_bLL[:, i_P, j_P] = (atoms_bLD @ atoms_bLD.mT)[:, i_P, j_P]
+        else:
+            system_bLL[:, i_P, j_P] = gram_SS.take(chosen_bL[:, i_P] * len(gram_SS) + chosen_bL[:, j_P])
+        factor_bLL, failed_b = torch.linalg.cholesky_ex(system_bLL)
+        c_bL = torch.cholesky_solve(right_bL[:, :, None], factor_bLL).squeeze(2)
+        c_bL = torch.where((failed_b == 0)[:, None], c_bL, torch.zeros_like(c_bL))
+        values.append(c_bL)
+        indices.append(chosen_bL)
+        if round_ + 1 == rounds:
+            break
+        if gram_SS is None:
+            residual_bD = residual_bD - (c_bL[:, None, :] @ atoms_bLD).squeeze(1)
+            torch.mm(residual_bD, W_SD.T, out=products_bS)
+        else:
+            products_bS -= F.embedding_bag(chosen_bL, gram_SS, mode="sum", per_sample_weights=c_bL)
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+
+
+def _largest(products_bS: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """``(values, places)``, each (b, width), of the largest of each row, in any order."""
+    if products_bS.device.type != "cpu" or width > FEW or products_bS.dtype not in (torch.float32, torch.float64):
+        found = products_bS.topk(width, dim=1, sorted=False)
+        return found.values, found.indices
+    # numpy's argmax again and again, over what was found before, takes half the time of torch.topk
+    products, rows = products_bS.numpy(), np.arange(len(products_bS))
+    values, places = np.empty((len(rows), width), products.dtype), np.empty((len(rows), width), np.int64)
+    for number in range(width):
+        places[:, number] = products.argmax(axis=1)
+        values[:, number] = products[rows, places[:, number]]
+        products[rows, places[:, number]] = -np.inf
+    np.put_along_axis(products, places, values, axis=1)
+    return torch.from_numpy(values), torch.from_numpy(places)

@@ -10,6 +10,10 @@
     python scripts/bench/train_step.py --stages     # where the time of our step goes
     python scripts/bench/train_step.py --loader     # from a store on disk, beside rows in memory
 
+    # other kinds of ours beside TopK, any number of them
+    python scripts/bench/train_step.py --kind '{"kind": "icfl", "rounds": 8, "width": 4}' \
+        --d-in 256 --d-sae 2048 --k 32 --batch 2048 --threads 1
+
 The peers do not fit into one environment, so each implementation is a process of its own (train_step_worker.py, run by
 that environment's python), and takes its turn while the others sleep: in every round each takes the same few steps on
 the same rows, in an order drawn anew. Rows are synthetic: low rank, plus a sparse dictionary whose atoms are used by a
@@ -268,6 +272,19 @@ def show_loader(measured: Measured, rows: list[str]) -> None:
     show(header, lines)
 
 
+def show_kinds(measured: Measured, rows: list[str], fvu: dict[str, float | None]) -> None:
+    header = ["kind", "s/step", "best", "CPU-s/step", "best", "x TopK (CPU)", "(wall)", "FVU after"]
+    lines = []
+    for row in rows:
+        line = [row]
+        for clock in ("wall", "cpu"):
+            seconds = measured.seconds(row, clock)
+            line += [f"{median(seconds):.4f}", f"{min(seconds):.4f}"]
+        line += [f"{measured.times(row, rows[0], clock):.2f}" for clock in ("cpu", "wall")]
+        lines.append([*line, f"{fvu[row]:.3f}"])
+    show(header, lines)
+
+
 def title(dead_share: float) -> str:
     return f"dead {dead_share:.0%}" if dead_share else "live"
 
@@ -290,6 +307,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--stages", action="store_true", help="only the stages of our step")
     parser.add_argument("--loader", action="store_true", help="only our step, from a store beside rows in memory")
+    parser.add_argument("--kind", action="append", metavar="JSON", help="a kind of ours and its settings but d_sae")
     parser.add_argument("--json", type=Path, help="where all that was measured is written too")
     parser.add_argument("--folder", type=Path, help="where rows are written; a temporary folder if not given")
     options = parser.parse_args()
@@ -312,8 +330,14 @@ def main() -> None:
         settings |= {"rows": str(file), "held_out": HELD_OUT_ROWS}
         sizes = f"{options.d_in} -> {options.d_sae}, k {options.k}, batch {options.batch}, float32"
         print(f"{sizes}, {options.threads} threads, {options.rows:,} rows")
-        run = stages_mode if options.stages else loader_mode if options.loader else peers_mode
-        result = run(options, settings)
+        if options.stages:
+            result = stages_mode(options, settings)
+        elif options.loader:
+            result = loader_mode(options, settings)
+        elif options.kind:
+            result = kinds_mode(options, settings)
+        else:
+            result = peers_mode(options, settings)
     if options.json:
         described = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         options.json.write_text(json.dumps({"options": described, **result}, indent=1))
@@ -373,6 +397,18 @@ def loader_mode(options: argparse.Namespace, settings: dict[str, Any]) -> dict[s
         fvu = {row: worker.ask("fvu") for row, worker in workers.items()}
     print(f"{options.rounds} rounds of {steps} steps\n")
     show_loader(Measured(records, 0.0, steps, options.batch), list(pythons))
+    return {"records": records, "fvu": fvu}
+
+
+def kinds_mode(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    rows = {"TopK": "ours", **{kind: kind for kind in options.kind}}
+    pythons = {row: (sys.executable, {**settings, "implementation": name}) for row, name in rows.items()}
+    steps = options.steps or 2
+    with started(pythons) as (workers, _):
+        records = measure(workers, [0.0], options.rounds, steps)
+        fvu = {row: worker.ask("fvu") for row, worker in workers.items()}
+    print(f"{options.rounds} rounds of {steps} steps\n")
+    show_kinds(Measured(records, 0.0, steps, options.batch), list(rows), fvu)
     return {"records": records, "fvu": fvu}
 
 

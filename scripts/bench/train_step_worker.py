@@ -65,23 +65,35 @@ class Implementation:
         raise NotImplementedError
 
 
+class Moments:
+    """The statistics of rows (B, D), for dictionaries that centre or whiten."""
+
+    def __init__(self, rows: Tensor) -> None:
+        exact = rows.double()
+        self.mean, self.second_moment = exact.mean(dim=0).numpy(), (exact.T @ exact / len(rows)).numpy()
+
+
 class Ours(Implementation):
     packages = ("torch", "dictlearn-lab")
     backend = "portable"
+    numbers: ClassVar[dict[str, Any]] = {}
+    """The kind and its settings, where it is not TopK."""
 
     def __init__(self, d_in: int, d_sae: int, k: int, learning_rate: float, first_rows: Tensor) -> None:
         from activation_store.freed_memory import freed_memory_kept
         from dictlearn import ops
-        from dictlearn.dictionaries.topk import TopK
+        from dictlearn.dictionaries import dictionary_class
         from dictlearn.training.optimiser_config import OptimiserConfig
         from dictlearn.training.optimisers import Optimiser
         from dictlearn.training.step import Member, take_step
 
         ops.set_backend(self.backend)
         generator = torch.Generator().manual_seed(0)
-        self.model = self.dictionary = TopK(TopK.Config(d_sae=d_sae, k=k, auxk_weight=AUXK_WEIGHT), d_in)
-        never_read: Any = None  # statistics are for dictionaries that whiten
-        self.dictionary.initialise(first_rows, None, generator, never_read)
+        settings = self.numbers or {"kind": "topk", "k": k, "auxk_weight": AUXK_WEIGHT}
+        made = dictionary_class(settings["kind"])
+        config = made.Config(d_sae=d_sae, **{name: value for name, value in settings.items() if name != "kind"})
+        self.model = self.dictionary = made(config, d_in)
+        self.dictionary.initialise(first_rows, None, generator, Moments(first_rows))
         optimiser = Optimiser(OptimiserConfig(learning_rate=learning_rate), self.dictionary)
         self.member = Member("ours", self.dictionary, optimiser, generator, GRADIENT_CLIP)
         self.steps = MANY_STEPS // 2
@@ -105,6 +117,11 @@ class OursDense(Ours):
     """The same step through the reference operations: dense codes, plain autograd."""
 
     backend = "reference"
+
+
+def of_kind(numbers: dict[str, Any]) -> type[Ours]:
+    """Our step of another kind than TopK."""
+    return type("OursOfKind", (Ours,), {"numbers": numbers})
 
 
 class EncoderGEMM(Implementation):
@@ -321,7 +338,8 @@ class Bench:
         self.rows = np.load(settings["rows"], mmap_mode="r")
         self.batch, self.d_sae = settings["batch"], settings["d_sae"]
         self.held_out = settings["held_out"]
-        chosen = IMPLEMENTATIONS[settings["implementation"]]
+        name = settings["implementation"]
+        chosen = of_kind(json.loads(name)) if name.startswith("{") else IMPLEMENTATIONS[name]
         first = self._rows(0)
         self.implementation = chosen(self.rows.shape[1], self.d_sae, settings["k"], settings["learning_rate"], first)
         self.delivered = self._delivered(settings["store"]) if settings.get("store") else None

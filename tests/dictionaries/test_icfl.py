@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
+from dictlearn.dictionaries import icfl
 from dictlearn.dictionaries.base import Update, Width
 from dictlearn.dictionaries.configs import ICFLConfig
 from dictlearn.dictionaries.icfl import ICFL, RIDGE
@@ -43,7 +44,14 @@ class TestICFL(DictionaryTests):
         return (unit - z @ atoms).square().sum(dim=1).mean()
 
     @pytest.mark.parametrize("by_cosine", [True, False])
-    def test_codes_equal_the_per_row_reference(self, by_cosine):
+    @pytest.mark.parametrize("way", ["at once", "block by block", "residuals formed", "by torch.topk"])
+    def test_codes_equal_the_per_row_reference(self, by_cosine, way, monkeypatch):
+        name = {"block by block": "PRODUCTS", "residuals formed": "MOST_ATOMS", "by torch.topk": "FEW"}.get(way)
+        if name:
+            monkeypatch.setattr(icfl, name, 1)
+        if way == "block by block":
+            monkeypatch.setattr(icfl, "LEAST_ROWS", 7)
+            monkeypatch.setattr(icfl, "STRIP", 3)
         config = ICFLConfig(d_sae=20, rounds=4, width=3, select_by_cosine=by_cosine)
         dictionary = ICFL(config, 12).double()
         dictionary.initialise(self.data(False)[0], None, torch.Generator().manual_seed(0), self.control())

@@ -54,3 +54,11 @@ def test_the_other_modes_fill_their_table(mode, first, tmp_path):
     rows = {row[0]: row[1:] for row in table[2:]}
     assert first in rows
     assert all(float(cell.replace(",", "").rstrip("%")) >= 0 for cells in rows.values() for cell in cells)
+
+
+def test_another_kind_stands_beside_topk_on_the_same_rows(tmp_path):
+    kind = '{"kind": "icfl", "rounds": 2, "width": 2}'
+    (table,), measured = run(tmp_path, "--kind", kind, "--rounds", "1")
+    assert [row[0] for row in table[2:]] == ["TopK", kind]
+    assert table[2][5:7] == ["1.00", "1.00"]
+    assert measured["fvu"]["TopK"] != measured["fvu"][kind]
