@@ -206,6 +206,14 @@ def circuit(args: list[str]) -> None:
         terminal.print_line(f"{path}: see it with `dictlearn app`.")
 
 
+def steer(args: list[str]) -> None:
+    from dictlearn.steering.command import SteerConfig, run_steer
+
+    call = refuse_dry_run(parse("steer", SteerConfig, args), "steer")
+    progress = NoProgress() if call.json else terminal.TerminalProgress()
+    say(call, run_steer(call.config, Workspace(call.workspace), progress), reports.steering)
+
+
 def app(args: list[str]) -> None:
     from dictlearn.app_command import AppConfig, run_app
 
@@ -228,6 +236,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "index": (index, "index every activation of a dictionary's features"),
     "show": (show, "print one feature's page: numbers, examples, logits, neighbours"),
     "circuit": (circuit, "trace a next-token prediction through transcoder features and heads"),
+    "steer": (steer, "add a latent's direction to the model's activations and see what it writes"),
     "app": (app, "browse the workspace"),
     "store": (store, "look into activation stores, verify, copy, merge and remove them"),
 }

@@ -1,9 +1,11 @@
-"""Hooks as a person reads them: one name, several side by side, and what is predicted from them."""
+"""Hooks as a person reads them: one name or several, what is predicted from them, and which may be edited."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+from activation_store.errors import UserError
 
 Hooks = str | Sequence[str]
 """As provenance and configurations have them: a name, or a list of names."""
@@ -50,3 +52,12 @@ def together(hooks: Sequence[str]) -> str:
     numbers = [column[0] for column in columns] + [""]
     numbers[places[0]] = f"{values[0]}–{values[-1]}" if rising else ",".join(map(str, values))
     return "".join(part + number for part, number in zip(between.pop(), numbers, strict=True))
+
+
+def check_editable(hook: str) -> None:
+    """Refuse, with a UserError, a hook whose edit would not mean what it says."""
+    if hook.endswith("hook_resid_mid"):
+        raise UserError(
+            f"An edit at {hook} misses the skip connection (the Bridge's resid_mid feeds the MLP branch alone); "
+            "edit hook_attn_out or hook_resid_post instead."
+        )

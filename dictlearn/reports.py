@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dictlearn.feature_index.read import FeaturePage
     from dictlearn.feature_index.strips import TokenStrip
     from dictlearn.metrics.command import Evaluation
+    from dictlearn.steering.experiment import Steering
     from dictlearn.store_commands import FileWritten, Removal, Sample, StoreInfo, StoreMade, Verified
     from dictlearn.workspace import RunFiles
 
@@ -224,3 +225,34 @@ def circuit(found: Summary) -> None:
         f"Edges into the first logit sum to {found.edges_into_prediction:.4g}; left over: {residue}. "
         f"No node's terms miss its value by more than {found.gap:.1e} of it."
     )
+
+
+def steering(found: Steering) -> None:
+    """Strengths, what they make of the next token, and what is written with each."""
+    print_line(f"Adding {found.direction} at {found.hook}, where activations have length {found.mean_length:.3g}.")
+    print_table(
+        "Strengths",
+        ["KL asked for", "strength", "KL reached"],
+        [
+            [f"{each.target:g}", f"{each.alpha:+.3f}", each.kl]
+            for each in (steered.strength for steered in found.steered)
+        ],
+    )
+    for said in dict.fromkeys(steered.strength.said for steered in found.steered):
+        if said:
+            print_line(said)
+    for steered in found.steered:
+        title = f"{steered.strength.alpha:+.3f} (KL {steered.strength.kl:.3g})"
+        for name, changes in (("raises", steered.changes.raised), ("lowers", steered.changes.lowered)):
+            moved = (f"{c.token!r} {c.probability_before:.1%} → {c.probability_after:.1%}" for c in changes)
+            print_line(f"{title} {name}: " + ", ".join(moved))
+        for c in steered.changes.watched:
+            before, after = c.log_probability_before, c.log_probability_after
+            print_line(f"{title} log-probability of {c.token!r}: {before:.2f} → {after:.2f}")
+    writers = {"unsteered": found.unsteered} | {
+        f"{each.strength.alpha:+.3f}": each.continuations for each in found.steered
+    }
+    for name, continuations in writers.items():
+        for written in continuations:
+            text = (written.prompt + "⟦" + written.text + "⟧").replace("\n", "⏎")
+            print_line(f"{name} ({written.log_probability:.2f} nats/token unsteered): {text}")

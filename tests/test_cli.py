@@ -68,6 +68,7 @@ MISTAKES = {
     "feature of nothing": (["show", "nope", "1"], "There is no index 'nope'"),
     "store to look into": (["store", "info", "nope"], "There is no store 'nope'"),
     "circuit of nothing": (["circuit", "--prompt", "a", "--transcoder", "nope"], "There is no run 'nope'"),
+    "steering of nothing": (["steer", "nope", "1", "--prompt", "a"], "There is no run 'nope'"),
     "dry run of what has none": (["evaluate", "nope", "--dry-run"], "`dictlearn evaluate` has no dry run"),
     "app without workspace": (["app"], "There is no workspace"),
 }
@@ -103,7 +104,9 @@ def test_help_and_version_answer_without_torch(args, tmp_path):
     assert "harvest" in out or out.strip()[0].isdigit()
 
 
-@pytest.mark.parametrize("verb", ["demo", "harvest", "train", "evaluate", "index", "show", "circuit", "app", "store"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "harvest", "train", "evaluate", "index", "show", "circuit", "steer", "app", "store"]
+)
 def test_every_verb_explains_each_of_its_options(verb, tmp_path):
     code, out, _, heavy, _ = dictlearn(verb, "--help", cwd=tmp_path)
     assert code == 0 and heavy == []

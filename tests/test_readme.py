@@ -1,4 +1,4 @@
-"""The README and the pages on stores and training do not lie: their commands parse, and the verbs and options exist."""
+"""The README and the pages beside it do not lie: their commands parse, and the verbs and options exist."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 STORE_PAGE = README.parent / "docs" / "store.md"
 TRAINING_PAGE = README.parent / "docs" / "training.md"
 COMPARE_PAGE = README.parent / "docs" / "compare.md"
+STEERING_PAGE = README.parent / "docs" / "steering.md"
 
 
 def commands(page: Path) -> list[str]:
@@ -26,7 +27,12 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize(
-    "command", [*commands(README), *commands(STORE_PAGE), *commands(TRAINING_PAGE), *commands(COMPARE_PAGE)]
+    "command",
+    [
+        command
+        for page in (README, STORE_PAGE, TRAINING_PAGE, COMPARE_PAGE, STEERING_PAGE)
+        for command in commands(page)
+    ],
 )
 def test_every_command_is_understood(command, monkeypatch, tmp_path):
     """Parsed to a configuration by the real command line; running it is stopped right after."""

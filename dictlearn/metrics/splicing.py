@@ -20,21 +20,13 @@ from torch import Tensor
 
 from activation_store.errors import UserError
 from dictlearn.dictionaries.base import Dictionary
+from dictlearn.hook_names import check_editable
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Replacement = Callable[[Tensor], Tensor]
 """(positions, d) activations to their replacement; used for ablations."""
-
-
-def check_editable(hook: str) -> None:
-    """Refuse a hook whose edit would not mean what it says."""
-    if hook.endswith("hook_resid_mid"):
-        raise UserError(
-            f"An edit at {hook} misses the skip connection (the Bridge's resid_mid feeds the MLP branch alone); "
-            "splice at hook_attn_out or hook_resid_post instead."
-        )
 
 
 @contextmanager
