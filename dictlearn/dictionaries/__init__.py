@@ -24,6 +24,7 @@ from dictlearn.dictionaries.configs import (
     ReLUConfig,
     SkipConfig,
     TopKConfig,
+    VariationalConfig,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ REGISTRY = {
     "batchtopk": "dictlearn.dictionaries.batch_topk:BatchTopK",
     "matryoshka": "dictlearn.dictionaries.matryoshka:Matryoshka",
     "abstopk": "dictlearn.dictionaries.abs_topk:AbsTopK",
+    "vsae": "dictlearn.dictionaries.variational:Variational",
     "skip": "dictlearn.dictionaries.skip:Skip",
     "ksparse": "dictlearn.dictionaries.k_sparse:KSparse",
     "relu": "dictlearn.dictionaries.relu:ReLU",
@@ -51,6 +53,7 @@ CONFIGS = {
         BatchTopKConfig,
         MatryoshkaConfig,
         AbsTopKConfig,
+        VariationalConfig,
         SkipConfig,
         KSparseConfig,
         ReLUConfig,

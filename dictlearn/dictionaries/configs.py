@@ -161,6 +161,36 @@ class AbsTopKConfig(TopKConfig):
 
 
 @dataclass(frozen=True)
+class VariationalConfig(TopKConfig):
+    """TopK of latents sampled from a Gaussian posterior, with a KL term (Baker and Li 2025, arXiv 2509.22994)."""
+
+    kind: ClassVar[str] = "vsae"
+
+    beta: float = 0.01
+    """Weight of the KL divergence from the prior, N(0, 1) for every latent, beside a row's summed squared error."""
+    variance: Literal["none", "fixed", "learned"] = "fixed"
+    """Of the posterior: none (nothing is sampled, the KL penalises squared means), sigma squared, or learned."""
+    sigma: float = 1.0
+    """Standard deviation of the noise in training, in scaled units; where it is learned, that of the first step."""
+    kl_warm_up_share: float = 0.05
+    """Share of the run, from its start, over which beta rises linearly from 0 to its value."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        super().check(d_in, d_out)
+        _check_weight(self, "beta")
+        if not 0 < self.sigma < math.inf:
+            raise UserError(f"sigma is {self.sigma}; it must be above 0 (variance none samples nothing).")
+        if not 0 <= self.kl_warm_up_share <= 1:
+            raise UserError(f"kl_warm_up_share is {self.kl_warm_up_share}; it must lie between 0 (no warm-up) and 1.")
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        of_variance = self.d_sae * (sum(input_parts) + 1) if self.variance == "learned" else 0
+        return super().parameters(input_parts, output_parts) + of_variance
+
+
+@dataclass(frozen=True)
 class SkipConfig(TopKConfig):
     """TopK transcoder with a linear path from input to output beside its latents (Paulo et al. 2025)."""
 

@@ -51,7 +51,7 @@ class TopK(TwoMatrices):
         dead_A = ops.latents_where(dead_S) if revive else None
         wide = self.config.multi_topk_weight > 0
         slots = min(MULTIPLE * self.k, self.config.d_sae) if wide else self.k
-        values_BK, indices_BK, dead_pre_BA = self._select(x_BD, slots, dead_A)
+        values_BK, indices_BK, dead_pre_BA = self._select_to_learn(x, x_BD, slots, dead_A)
         without_codes = self._without_codes(x_BD)
         if wide:
             wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + without_codes
@@ -139,6 +139,10 @@ class TopK(TwoMatrices):
     def _select(self, x_BD: Tensor, k: int, also_A: Tensor | None = None) -> TopKCodes:
         """What is active in a batch of scaled rows while training, and the pre-activations of ``also_A`` besides."""
         return ops.encode_topk(x_BD, self.W_enc, self.b_enc, k, self._pre_bias(), also_A, self.rule)
+
+    def _select_to_learn(self, x: Tensor, x_BD: Tensor, k: int, also_A: Tensor | None) -> TopKCodes:
+        """What the loss decodes, of raw rows x (B, D) and the same rows scaled: what is active, unless it is noisy."""
+        return self._select(x_BD, k, also_A)
 
     def _largest(self, values_BW: Tensor, indices_BW: Tensor) -> tuple[Tensor, Tensor]:
         """Of the latents selected in each row the k with the largest values."""

@@ -33,6 +33,7 @@ SETTINGS = {
     "batchtopk": dict(k=4),
     "matryoshka": dict(k=4),
     "abstopk": dict(k=4),
+    "vsae": dict(k=4, sigma=0.3),
     "skip": dict(k=4),
     "ksparse": dict(k=6, alpha=1.5),
     "mp": dict(k=4),

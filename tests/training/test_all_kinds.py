@@ -19,6 +19,7 @@ from tests.training.test_resume import Killed, assert_same_runs, kill_at
 # a cross-layer transcoder needs the hooks of several layers: test_several_hooks.py has it
 KINDS = [kind for kind in CONFIGS if kind != "clt"]
 NUMBERS = {
+    "vsae": {"k": 4, "variance": "learned", "sigma": 0.1},
     "ksparse": {"k": 4},
     "icfl": {"rounds": 2, "width": 2, "reset_every": 10},
     "crosscoder": {"l1_weight": 0.03},
