@@ -22,6 +22,7 @@ from dictlearn.dictionaries.configs import (
     MatchingPursuitConfig,
     MatryoshkaConfig,
     ReLUConfig,
+    SemiNMFConfig,
     SkipConfig,
     TopKConfig,
     VariationalConfig,
@@ -45,6 +46,7 @@ REGISTRY = {
     "clt": "dictlearn.dictionaries.cross_layer:CrossLayer",
     "mp": "dictlearn.dictionaries.matching_pursuit:MatchingPursuit",
     "icfl": "dictlearn.dictionaries.icfl:ICFL",
+    "snmf": "dictlearn.dictionaries.semi_nmf:SemiNMF",
 }
 CONFIGS = {
     config.kind: config
@@ -63,6 +65,7 @@ CONFIGS = {
         CrossLayerConfig,
         MatchingPursuitConfig,
         ICFLConfig,
+        SemiNMFConfig,
     )
 }
 

@@ -517,6 +517,51 @@ class MatchingPursuitConfig:
         return self.d_sae * sum(input_parts) + (sum(input_parts) if self.bias == "learned" else 0)
 
 
+@dataclass(frozen=True)
+class SemiNMFConfig:
+    """SNMF: non-negative codes of signed features, each of few neurons (Shafran et al. 2025, arXiv 2506.10920)."""
+
+    kind: ClassVar[str] = "snmf"
+    transcodes: ClassVar[bool] = False
+    several_hooks: ClassVar[bool] = False
+
+    d_sae: int = 100
+    """Number of features; the paper has 100 to 400 of an MLP."""
+    winners: float = 0.05
+    """Share of the neurons that a feature has, those of largest weight; 1 for all (the paper: 0.01; 0.05 for GPT-2)."""
+    features: Literal["signed", "non_negative"] = "signed"
+    """Whether weights of neurons may be negative; if not, activations must not be either."""
+    rows: int = 4096
+    """Rows that are factorised before the first step; the steps after it refine the features on all rows."""
+    iterations: int = 300
+    """Most iterations of that factorisation (the authors' runs: 2000)."""
+    patience: int = 100
+    """Iterations without a lower error after which it stops."""
+    start: Literal["random", "svd"] = "random"
+    """Where its codes begin: random numbers, or the rows' principal axes."""
+    sweeps: int = 100
+    """Most sweeps over all features that find the codes of a row."""
+    tolerance: float = 1e-3
+    """A row's codes are found when a sweep changes none by more than this share of its best product with a feature."""
+    dead_after_rows: int = 10_000_000
+    """A feature counts as dead when it has not been used for this many rows (tokens)."""
+
+    def check(self, d_in: int, d_out: int) -> None:
+        """Raise UserError when no such dictionary can exist on activations of these widths."""
+        _check_choices(self)
+        _check_positive(self, "d_sae", "rows", "iterations", "patience", "sweeps", "dead_after_rows")
+        if not 0 < self.winners <= 1:
+            raise UserError(f"winners is {self.winners}; it must lie above 0 and at most at 1 (all neurons).")
+        if not 0 < self.tolerance < 1:
+            raise UserError(f"tolerance is {self.tolerance}; it must lie between 0 and 1.")
+        if self.rows < self.d_sae:
+            raise UserError(f"rows is {self.rows}, fewer than the {self.d_sae} features of d_sae; raise it.")
+
+    def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
+        """Numbers that such a dictionary learns."""
+        return self.d_sae * sum(input_parts)
+
+
 def _in_two_matrices(d_sae: int, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
     """Numbers in an encoder and a decoder with a bias each."""
     return d_sae * (sum(input_parts) + sum(output_parts) + 1) + sum(output_parts)

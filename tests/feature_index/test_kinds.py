@@ -38,6 +38,7 @@ SETTINGS = {
     "ksparse": dict(k=6, alpha=1.5),
     "mp": dict(k=4),
     "icfl": dict(rounds=3, width=2),
+    "snmf": dict(winners=0.3, iterations=5, tolerance=1e-5, sweeps=1000),
     "clt": dict(k=3),
 }
 

@@ -22,6 +22,7 @@ NUMBERS = {
     "vsae": {"k": 4, "variance": "learned", "sigma": 0.1},
     "ksparse": {"k": 4},
     "icfl": {"rounds": 2, "width": 2, "reset_every": 10},
+    "snmf": {"winners": 0.5, "iterations": 1},
     "crosscoder": {"l1_weight": 0.03},
     "relu": {"l1_weight": 0.03},
     "gated": {"l1_weight": 0.03},
