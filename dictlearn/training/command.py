@@ -81,6 +81,12 @@ def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
     check_writers(first.tensorboard, first.wandb)
     loader = open_loader(configs, store)
     rows, mixing = loader.rows, loader.mixing()
+    for config in configs:
+        if config.dictionary.d_sae > rows:
+            raise UserError(
+                f"{config.name!r} has {config.dictionary.d_sae} latents (d_sae) and the store {store.name!r} "
+                f"{rows} rows to train on: each row could be a latent; lower d_sae or harvest more tokens."
+            )
     steps = rows // first.batch_size if first.steps is None else first.steps
     if steps < 1:
         raise UserError(f"steps is {steps}; it must be at least 1.")

@@ -142,6 +142,10 @@ def test_training_reads_no_held_out_row(workspace, monkeypatch):
         ({"hook": "blocks.1.mlp.hook_in"}, "has no hook 'blocks.1.mlp.hook_in'; it holds blocks.0.mlp.hook_in"),
         ({"target_hook": IN}, "the same as hook"),
         ({"dictionary": TopKConfig(d_sae=8, k=9)}, "k is 9, more than the 8 latents"),
+        (
+            {"dictionary": TopKConfig(d_sae=2701, k=4)},
+            "'sae' has 2701 latents \\(d_sae\\) and .* 2700 rows to train on",
+        ),
         ({"batch_size": 10_000}, "2,700 rows in split 'train': not enough for one batch of 10,000"),
         ({"steps": 0}, "steps is 0"),
         ({"log_every": 0}, "log_every is 0"),
