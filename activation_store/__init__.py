@@ -6,8 +6,9 @@ Checking a store is `activation_store.verify.verify`.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from activation_store.on_first_use import on_first_use
 
 if TYPE_CHECKING:
     from activation_store.aligned import AlignedStores
@@ -21,27 +22,6 @@ if TYPE_CHECKING:
     from activation_store.spec import DocumentRows, Geometry, HookSpec, Manifest, StorePlan
     from activation_store.store import HookStatistics, Store, open_store
     from activation_store.writer import StoreWriter
-
-_HOMES = {
-    "AlignedStores": "aligned",
-    "UserError": "errors",
-    "RowFilter": "filters",
-    "ActivationSource": "source",
-    "Loader": "loader",
-    "Mixing": "mixing",
-    "Moments": "moments",
-    "derive_seed": "seeds",
-    "numpy_stream": "seeds",
-    "DocumentRows": "spec",
-    "Geometry": "spec",
-    "HookSpec": "spec",
-    "Manifest": "spec",
-    "StorePlan": "spec",
-    "HookStatistics": "store",
-    "Store": "store",
-    "open_store": "store",
-    "StoreWriter": "writer",
-}
 
 __all__ = [
     "ActivationSource",
@@ -64,12 +44,19 @@ __all__ = [
     "open_store",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "aligned": "AlignedStores",
+        "errors": "UserError",
+        "filters": "RowFilter",
+        "loader": "Loader",
+        "mixing": "Mixing",
+        "moments": "Moments",
+        "seeds": "derive_seed numpy_stream",
+        "source": "ActivationSource",
+        "spec": "DocumentRows Geometry HookSpec Manifest StorePlan",
+        "store": "HookStatistics Store open_store",
+        "writer": "StoreWriter",
+    },
+)

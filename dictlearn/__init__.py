@@ -7,7 +7,9 @@ with dictlearn.splice(model, {hook: dictionary}): ...
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from activation_store.on_first_use import on_first_use
 
 if TYPE_CHECKING:
     from dictlearn.codes import Codes
@@ -20,20 +22,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Codes", "Dictionary", "Workspace", "evaluations", "load", "splice"]
 
-_HOMES = {
-    "Codes": "dictlearn.codes",
-    "Dictionary": "dictlearn.dictionaries.base",
-    "Workspace": "dictlearn.workspace",
-    "evaluations": "dictlearn.metrics.command",
-    "load": "dictlearn.loading",
-    "splice": "dictlearn.metrics.splicing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: `import dictlearn` and `dictlearn --help` must not wait for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dictlearn' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "codes": "Codes",
+        "dictionaries.base": "Dictionary",
+        "loading": "load",
+        "metrics.command": "evaluations",
+        "metrics.splicing": "splice",
+        "workspace": "Workspace",
+    },
+)

@@ -10,7 +10,9 @@ edges, `heads` what heads carry, `influence` what matters, `graph` is the result
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from activation_store.on_first_use import on_first_use
 
 if TYPE_CHECKING:
     from dictlearn.circuits.attribution import attribute
@@ -19,20 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AttributionGraph", "Summary", "attribute", "read", "summary", "write"]
 
-_HOMES = {
-    "attribute": "dictlearn.circuits.attribution",
-    "AttributionGraph": "dictlearn.circuits.graph",
-    "read": "dictlearn.circuits.graph",
-    "write": "dictlearn.circuits.graph",
-    "Summary": "dictlearn.circuits.graph_summary",
-    "summary": "dictlearn.circuits.graph_summary",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: a graph is read without torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dictlearn.circuits' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "attribution": "attribute",
+        "graph": "AttributionGraph read write",
+        "graph_summary": "Summary summary",
+    },
+)

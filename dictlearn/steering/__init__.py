@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from activation_store.on_first_use import on_first_use
 
 if TYPE_CHECKING:
     from dictlearn.steering.detection import Detection, concept_scores, detect
@@ -20,26 +22,6 @@ if TYPE_CHECKING:
     from dictlearn.steering.edit import Padded, next_token_log_probs, padded, steer
     from dictlearn.steering.sampling import Sampling, continuations, fluency
     from dictlearn.steering.strength import Strength, match_kl
-
-_HOMES = {
-    "Detection": "detection",
-    "concept_scores": "detection",
-    "detect": "detection",
-    "Direction": "directions",
-    "difference_of_means": "directions",
-    "direction": "directions",
-    "of_latent": "directions",
-    "random_directions": "directions",
-    "Padded": "edit",
-    "next_token_log_probs": "edit",
-    "padded": "edit",
-    "steer": "edit",
-    "Sampling": "sampling",
-    "continuations": "sampling",
-    "fluency": "sampling",
-    "Strength": "strength",
-    "match_kl": "strength",
-}
 
 __all__ = [
     "Detection",
@@ -61,11 +43,13 @@ __all__ = [
     "steer",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: what the command line asks first needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dictlearn.steering' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"dictlearn.steering.{_HOMES[name]}"), name)
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "detection": "Detection concept_scores detect",
+        "directions": "Direction difference_of_means direction of_latent random_directions",
+        "edit": "Padded next_token_log_probs padded steer",
+        "sampling": "Sampling continuations fluency",
+        "strength": "Strength match_kl",
+    },
+)
