@@ -4,7 +4,7 @@ The width of the activations is not asked for: it comes from the store. The sent
 the command line. `check` is called with the widths and raises UserError, and so is ``check_parts`` of the kinds that
 have it, with the widths of each hook. Kinds that rebuild nothing but their own input say so by ``transcodes = False``,
 those that need a target hook by ``autoencodes = False``, those of one hook alone by ``several_hooks = False``.
-`check_hooks` asks all of it.
+`check_hooks` asks all of it. ``k_is_free = True`` says that k may be another number after training.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class TopKConfig:
     """k-sparse dictionary with a learned encoder (Gao et al. 2024, arXiv 2406.04093)."""
 
     kind: ClassVar[str] = "topk"
+    k_is_free: ClassVar[bool] = True
 
     d_sae: int = 4096
     """Number of latents."""
@@ -105,6 +106,7 @@ class BatchTopKConfig(TopKConfig):
     """TopK with the active latents shared out over the batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     kind: ClassVar[str] = "batchtopk"
+    k_is_free: ClassVar[bool] = False
 
     k: int = 32
     """Latents active per row, on average over a batch."""
@@ -483,6 +485,7 @@ class MatchingPursuitConfig:
     """MP-SAE: codes by matching pursuit with the decoder's atoms, no encoder (Costa et al. 2025, arXiv 2506.03093)."""
 
     kind: ClassVar[str] = "mp"
+    k_is_free: ClassVar[bool] = True
     transcodes: ClassVar[bool] = False
     several_hooks: ClassVar[bool] = False
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from activation_store.errors import UserError
 from activation_store.foreign import has_tokens
 from activation_store.progress import NoProgress, Progress
+from dictlearn.dictionaries import config_class
 from dictlearn.dictionaries.description import describe, hooks_of
 from dictlearn.workspace import RunFiles, Workspace, read_json
 
@@ -37,6 +39,8 @@ class EvaluateConfig:
     """Held-out tokens to run the spliced model on; 0 skips the language model."""
     batch_size: int = 4096
     """Rows per batch."""
+    k: int | None = None
+    """Latents active per row instead of those of training, for kinds with a k to choose; printed, but not kept."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,20 @@ class Evaluation:
 
 
 def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progress | None = None) -> Evaluation:
-    """Measure a run and write its evaluation.json.
+    """Measure a run and write its evaluation.json, which is that of the k of training.
 
     Raises:
-        UserError: no such run or store, a store of another model, no held-out rows.
+        UserError: no such run or store, a store of another model, no held-out rows, a k that cannot be.
     """
     files = workspace.existing_run(config.run)
     if not files.dictionary.exists():
         raise UserError(
             f"The run {config.run!r} has not finished training; run `dictlearn train` on it again to continue."
         )
-    made_from = describe(files.dictionary)["provenance"]
+    description = describe(files.dictionary)
+    if config.k is not None:
+        _check_k(config.k, description)
+    made_from = description["provenance"]
     aligned = made_from.get("aligned_stores", [])
     if aligned and config.store is not None:
         raise UserError(f"The run {config.run!r} is of several aligned stores; leave --store out.")
@@ -89,7 +96,11 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
         if hook not in store.hooks:
             raise UserError(f"The store {store.name!r} has no hook {hook!r}, which the run {config.run!r} needs.")
     there = read_evaluation(files)
-    if there is not None and (there.store_fingerprint, there.asked) == (fingerprint(store), asked(config)):
+    if (
+        there is not None
+        and config.k is None
+        and (there.store_fingerprint, there.asked) == (fingerprint(store), asked(config))
+    ):
         return there
     if config.tokens:
         for each in store.together:
@@ -97,8 +108,17 @@ def run_evaluate(config: EvaluateConfig, workspace: Workspace, progress: Progres
     from dictlearn.metrics.evaluation import evaluate
 
     evaluation = evaluate(config, files, store, progress or NoProgress())
-    write_evaluation(evaluation, files)
+    if config.k is None:
+        write_evaluation(evaluation, files)
     return evaluation
+
+
+def _check_k(k: int, description: Mapping[str, Any]) -> None:
+    kind, d_sae = description["kind"], description["config"]["d_sae"]
+    if not getattr(config_class(kind), "k_is_free", False):
+        raise UserError(f"How many latents of kind {kind!r} are active is settled in training; leave k out.")
+    if not 1 <= k <= d_sae:
+        raise UserError(f"k is {k}; it must lie between 1 and the {d_sae} latents of d_sae.")
 
 
 def fingerprint(store: Store) -> str:
@@ -143,7 +163,8 @@ def evaluations(workspace: str | Path = "workspace") -> pd.DataFrame:
 
 def asked(config: EvaluateConfig) -> dict[str, int]:
     """The numbers that an evaluation depends on: one with the same is not made again."""
-    return {"rows": config.rows, "tokens": config.tokens, "batch_size": config.batch_size}
+    numbers = {"rows": config.rows, "tokens": config.tokens, "batch_size": config.batch_size, "k": config.k}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def write_evaluation(evaluation: Evaluation, files: RunFiles) -> None:

@@ -31,6 +31,8 @@ SPLIT = "held-out"
 def evaluate(config: EvaluateConfig, files: RunFiles, store: Store, progress: Progress) -> Evaluation:
     """Reconstruction on ``config.rows`` rows, downstream loss on ``config.tokens`` tokens."""
     dictionary = load(files.dictionary)
+    if config.k is not None:
+        dictionary.k = config.k  # type: ignore[assignment]
     hooks_in, hooks_out = hooks_of(dictionary.provenance)
     with progress.task(f"evaluating {files.name}", total=config.rows, unit="rows") as task:
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from activation_store.errors import UserError
 from dictlearn.dictionaries import CONFIGS, dictionary_class
-from dictlearn.metrics.command import EvaluateConfig, run_evaluate
+from dictlearn.metrics.command import EvaluateConfig, read_evaluation, run_evaluate
 from dictlearn.training.command import train_group
 from dictlearn.training.configs import TrainConfig
 from dictlearn.training.memory import parameters
@@ -33,6 +34,8 @@ HOOKS = {
     "skip": {"target_hook": OUT},
     "gated": {"target_hook": OUT},
 }
+
+SHARED = CONFIGS["batchtopk"](d_sae=64, k=4, dead_after_rows=1000)
 
 
 def runs(prefix: str) -> list[TrainConfig]:
@@ -66,6 +69,24 @@ def test_every_kind_learns_in_a_sweep_and_resumes_with_the_others(workspace, mon
         assert np.mean([line["fvu"] for line in lines[-3:]]) < 0.9 * lines[0]["fvu"], kind
         found = run_evaluate(EvaluateConfig(f"whole-{kind}", tokens=0), workspace)
         assert found.reconstruction["fvu"] < 0.9 * lines[0]["fvu"], kind
+
+
+def test_k_may_be_another_after_training_and_the_evaluation_that_is_kept_is_that_of_training(workspace):
+    free = [run for run in runs("k") if run.dictionary.kind in ("topk", "mp")]
+    train_group([*free, replace(SAE, name="k-shared", steps=30, dictionary=SHARED)], workspace, workspace.root / "c")
+    for run in free:
+        own = run_evaluate(EvaluateConfig(run.name, tokens=0), workspace)
+        by_k = [run_evaluate(EvaluateConfig(run.name, tokens=0, k=k), workspace) for k in (1, 4, 16)]
+        assert [round(found.reconstruction["l0"]) for found in by_k[:2]] == [1, 4]
+        assert by_k[0].reconstruction["fvu"] > by_k[1].reconstruction["fvu"] == own.reconstruction["fvu"]
+        assert read_evaluation(workspace.run(run.name)) == own
+        if run.dictionary.kind == "mp":
+            assert by_k[2].reconstruction["fvu"] < own.reconstruction["fvu"], "each step shortens the residual"
+        for k in (0, 65):
+            with pytest.raises(UserError, match=f"k is {k}; it must lie between 1 and the 64 latents"):
+                run_evaluate(EvaluateConfig(run.name, tokens=0, k=k), workspace)
+    with pytest.raises(UserError, match="latents of kind 'batchtopk' are active is settled in training"):
+        run_evaluate(EvaluateConfig("k-shared", tokens=0, k=2), workspace)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
