@@ -17,8 +17,8 @@ What is not theirs: they factorise one set of rows. A dictionary begins with tha
 - Codes of rows that it has not seen: argmin_(g >= 0) |x - g F|^2, by coordinate descent on the Gram matrix.
 - Training, a step for each batch: the gradient of |x - g F|^2 in F at these codes. Winner-take-all stays in force, with
   the gradient passed straight through to the losers too, or else the first winners would be the last. A term of the
-  loss, ``losers``, is sum |g_s|^2 v^2 over their values v, with g_s all rows' codes of feature s: the gradient then leads
-  v to where it would be if that loser alone were put back, so that one replaces a winner where that lowers the error.
+  loss, ``losers``, is sum |g_s|^2 v^2 over their values v, with g_s the codes of feature s of all rows: so the gradient
+  leads v to where it would be if that loser alone were put back, and it replaces a winner if that lowers the error.
   Features have unit norm; at these codes the gradient is orthogonal to them.
 
 With ``features`` non-negative it is NMF: F is then the non-negative best fit, found as codes are.
