@@ -497,6 +497,8 @@ class MatchingPursuitConfig:
     """A row stops when what is left of it is shorter than this many typical rows; 0 for never."""
     stops_on_repeat: bool = False
     """Whether a row stops when it would choose an atom that it has chosen before."""
+    revive_weight: float = 0.0
+    """Weight of the revive term, which moves dead atoms to what the live ones leave over; 0 turns it off."""
     dead_after_rows: int = 10_000_000
     """An atom counts as dead when it has not fired for this many rows (tokens)."""
     scaling: Literal["mean_square", "none"] = "mean_square"
@@ -514,6 +516,7 @@ class MatchingPursuitConfig:
             raise UserError(f"k is {self.k}, more than the {self.d_sae} atoms of d_sae; lower k or raise d_sae.")
         if not 0 <= self.tolerance < 1:
             raise UserError(f"tolerance is {self.tolerance}; it must lie between 0 (never stop early) and below 1.")
+        _check_weight(self, "revive_weight")
 
     def parameters(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> int:
         """Numbers that such a dictionary learns."""

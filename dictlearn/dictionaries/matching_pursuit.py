@@ -16,6 +16,8 @@ not grow with the number of steps. With g_t the gradient in r_t, and a_t = <g_t,
 
     g_(t-1) = g_t - a_t w_jt        gradient in w_jt: -c_t g_t - a_t r_(t-1)
 
+Atoms that have not been chosen for long can be moved to where they would be: `MatchingPursuit._left_by`.
+
 Choosing needs the products of the residual with all atoms. In a step they change by c_t times a row of W W^T, which is
 computed once for all rows where that is less work than the products of every step.
 
@@ -32,10 +34,11 @@ from torch.autograd.function import once_differentiable
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Update, Width
+from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import MatchingPursuitConfig
 from dictlearn.dictionaries.scaling import LEAST, scalings
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
+from dictlearn.dictionaries.unit_rows import drop_gradient_along, restore_norms
 
 PRODUCTS = 2**24
 """Products of residuals and atoms in memory at once: 64 MiB."""
@@ -88,9 +91,15 @@ class MatchingPursuit(Dictionary):
         with torch.autocast(x.device.type, enabled=False):
             x_BD = self.input_scaling(x)
             pursuit = self._pursue(x_BD)
-            mse = pursuit.residual.square().mean()
+            total = mse = pursuit.residual.square().mean()
             output_BD = (x_BD - pursuit.residual).detach()
-        return Loss(mse, {"mse": mse.detach()}, self._codes(pursuit).detach(), self.target_scaling.undo(output_BD))
+            terms = {"mse": mse.detach()}
+            dead_S = self.rows_since_fired > self.config.dead_after_rows
+            if self.config.revive_weight > 0 and dead_S.any():
+                left = self._left_by(self.W[dead_S], pursuit.residual.detach())
+                terms["revive"] = left.detach()
+                total = mse + self.config.revive_weight * left
+        return Loss(total, terms, self._codes(pursuit).detach(), self.target_scaling.undo(output_BD))
 
     @torch.no_grad()
     def initialise(
@@ -107,19 +116,11 @@ class MatchingPursuit(Dictionary):
         if self.config.bias == "learned":
             self.b_dec.copy_(geometric_median(x_BD))
 
-    @torch.no_grad()
     def project_gradients(self) -> None:
-        if self.W.grad is not None:
-            along_S = torch.linalg.vecdot(self.W.grad, self.W)
-            self.W.grad.addcmul_(self.W, along_S[:, None], value=-1)
+        drop_gradient_along(self.W)
 
-    @torch.no_grad()
     def constrain(self) -> None:
-        self.W.div_(torch.linalg.vector_norm(self.W, dim=1, keepdim=True).clamp_min(LEAST))
-
-    def after_update(self, update: Update) -> dict[str, float]:
-        self.constrain()
-        return {}
+        restore_norms(self.W)
 
     @torch.no_grad()
     def fold(self) -> Self:
@@ -133,6 +134,16 @@ class MatchingPursuit(Dictionary):
 
     def _pursue(self, x_BD: Tensor) -> Pursuit:
         return Pursuit(*_Pursue.apply(x_BD - self.b_dec, self.W, self.k, self.tolerance, self.config.stops_on_repeat))
+
+    def _left_by(self, dead_AD: Tensor, residual_BD: Tensor) -> Tensor:
+        """() share of the residuals' squares that one more step, among the dead atoms alone, would leave.
+
+        Each row pulls the dead atom that is nearest to what is left of it, so that they part; the term that the paper
+        and its authors' library have, the mean product of residuals and dead atoms, pulls all of them one way.
+        """
+        taken_B = (residual_BD @ dead_AD.T).amax(dim=1).relu()
+        whole = ops.mean_over_rows(residual_BD.square().sum(dim=1).mean()).clamp_min(LEAST)
+        return 1 - taken_B.square().mean() / whole
 
     def _codes(self, pursuit: Pursuit) -> Codes:
         return Codes.merged(pursuit.indices, pursuit.coefficients, self.d_sae)

@@ -24,6 +24,7 @@ from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Remembers, Update, Width, forget_moments
 from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings, spread
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
+from dictlearn.dictionaries.unit_rows import drop_gradient_along, restore_norms
 
 REDRAWN_SHARE = 0.8
 """Share of a run, from its start, in which dead latents are redrawn: the last ones need steps to learn in."""
@@ -135,15 +136,11 @@ class TwoMatrices(Dictionary):
             bias_S.copy_(torch.zeros_like(bias_S) if self.autoencoder else -self.W_enc @ x_BD.mean(dim=0))
         self._shrink_to_fit(x_BD, target_BO)
 
-    @torch.no_grad()
     def project_gradients(self) -> None:
-        if self.W_dec.grad is not None:
-            along_S = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)
-            self.W_dec.grad.addcmul_(self.W_dec, along_S[:, None], value=-1)
+        drop_gradient_along(self.W_dec)
 
-    @torch.no_grad()
     def constrain(self) -> None:
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(LEAST))
+        restore_norms(self.W_dec)
 
     @torch.no_grad()
     def after_update(self, update: Update) -> dict[str, float]:

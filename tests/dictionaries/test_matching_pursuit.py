@@ -32,6 +32,7 @@ class TestMatchingPursuit(DictionaryTests):
             "from data points": {"initial_decoder": "data"},
             "without a bias": {"bias": "none"},
             "one step": {"k": 1},
+            "reviving dead atoms": {"revive_weight": 0.3, "dead_after_rows": 1000},
         }
         return {
             name: lambda d_in, d_out, options=options: self.make(d_in, d_out, **options)
@@ -52,7 +53,17 @@ class TestMatchingPursuit(DictionaryTests):
                 chosen.add(atom)
                 residual = residual - products[atom] * dictionary.W[atom]
             left_over.append(residual)
-        return torch.stack(left_over).square().mean()
+        error = torch.stack(left_over)
+        total = error.square().mean()
+        dead = dictionary.rows_since_fired > dictionary.config.dead_after_rows
+        if dictionary.config.revive_weight and dead.any():
+            least = []
+            for row in error.detach():  # of one more step with each dead atom, the shortest residual
+                taken = [float((w @ row).detach()) for w in dictionary.W[dead]]
+                atom = dictionary.W[dead][max(range(len(taken)), key=taken.__getitem__)]
+                least.append(row.square().sum() - (atom @ row).relu().square())
+            total = total + 0.3 * torch.stack(least).sum() / error.detach().square().sum()
+        return total
 
     def test_error_falls_with_every_step_and_k_may_be_another_after_training(self):
         for seed in range(3):
@@ -88,6 +99,35 @@ class TestMatchingPursuit(DictionaryTests):
         assert (left_over[stopped & ~nothing_points_there] <= longest * (1 + 1e-5)).all()
         assert nothing_points_there.float().mean() < 0.5
 
+    def test_dead_atoms_come_back_where_the_residuals_are(self):
+        """Three of twenty atoms lie all but across the plane of the rows, where no row would choose them."""
+        for seed in range(3):
+            fired = {}
+            for weight in (0.0, 1.0):
+                dictionary = self.make(self.d_in, None, k=3, revive_weight=weight, dead_after_rows=500)
+                generator = torch.Generator().manual_seed(seed)
+                x = self.data(False, seed, rows=256)[0]
+                x[:, 10:] = 0
+                dictionary.initialise(x, None, generator, self.control())
+                with torch.no_grad():
+                    dictionary.W[:, 10:] = 0
+                    dictionary.W[:3] = torch.eye(12)[11] + 0.01 * torch.randn(3, 12, generator=generator)
+                dictionary.constrain()
+                dictionary.rows_since_fired[:3] = 10**6
+                optimiser = torch.optim.Adam(dictionary.parameters(), lr=3e-2)
+                for _ in range(60):
+                    optimiser.zero_grad()
+                    loss = dictionary.loss(x)
+                    dead = bool((dictionary.rows_since_fired > 500).any())
+                    assert ("revive" in loss.terms) == (dead and weight > 0)
+                    loss.total.backward()
+                    dictionary.project_gradients()
+                    optimiser.step()
+                    dictionary.constrain()
+                    dictionary.observe(loss.codes)
+                fired[weight] = int((dictionary.encode(x).fired()[:3] > 0).sum())
+            assert fired == {0.0: 0, 1.0: 3}, seed
+
     def test_memory_does_not_grow_with_the_steps(self):
         """What autograd keeps: the last residual, and two numbers for each step."""
         kept = []
@@ -110,6 +150,7 @@ class TestMatchingPursuit(DictionaryTests):
             ({"tolerance": -0.1}, "tolerance is -0.1"),
             ({"tolerance": 1.0}, "tolerance is 1.0"),
             ({"scaling": "whiten"}, "scaling is 'whiten'"),
+            ({"revive_weight": -1.0}, "revive_weight is -1.0; it must be 0"),
         ],
     )
     def test_refuses_what_cannot_be(self, options, sentence):

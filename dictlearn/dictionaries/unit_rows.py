@@ -1,0 +1,21 @@
+"""Rows of unit norm through training: their gradient loses its component along them, and the norm is restored after."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dictlearn.dictionaries.scaling import LEAST
+
+
+@torch.no_grad()
+def drop_gradient_along(rows_SD: Tensor) -> None:
+    """What an update along a row would do is undone by `restore_norms`, but Adam's moments would remember it."""
+    if rows_SD.grad is not None:
+        along_S = torch.linalg.vecdot(rows_SD.grad, rows_SD)
+        rows_SD.grad.addcmul_(rows_SD, along_S[:, None], value=-1)
+
+
+@torch.no_grad()
+def restore_norms(rows_SD: Tensor) -> None:
+    rows_SD.div_(torch.linalg.vector_norm(rows_SD, dim=1, keepdim=True).clamp_min(LEAST))
