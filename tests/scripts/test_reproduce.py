@@ -111,6 +111,18 @@ def test_matching_pursuit_stands_beside_kinds_with_a_fixed_number(tmp_path):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("part", ["planted", "bundled"])
+def test_variational_autoencoders_stand_beside_topk(part, tmp_path):
+    tables = quick("vsae", part, tmp_path)["tables"]
+    posteriors = (
+        ["no noise", "σ = 0.3", "σ = 1", "σ learned"] if part == "planted" else ["no noise", "σ = 1", "σ learned"]
+    )
+    assert first_column(tables[f"vsae {part}"]) == ["TopK", *(name for name in posteriors for _ in range(2))]
+    assert first_column(tables[f"vsae {part} steps"]) == posteriors
+    assert tables["vsae is topk"][1:] == [["2", "0, in every run"]]
+
+
+@pytest.mark.heavy
 def test_transcoders_stand_beside_the_linear_path(tmp_path):
     tables = quick("transcoder", "bundled", tmp_path)["tables"]
     kinds = ["linear path alone", "transcoder", "SAE of the output", "skip transcoder"]
