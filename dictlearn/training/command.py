@@ -110,17 +110,35 @@ def _check_widths(config: TrainConfig[Any], store: Store) -> Widths:
 
 
 def _control(config: TrainConfig[Any], store: Store, workspace: Workspace) -> Store:
-    if config.control_store is None:
-        return store
-    if config.aligned_stores:
-        raise UserError("control_store is of one model and aligned_stores of several; leave control_store out.")
-    control = workspace.open_store(config.control_store)
-    if any(_width(control, hook) != store.d(hook) for hook in config.hooks) or _model(control) != _model(store):
-        raise UserError(
-            f"The control store {config.control_store!r} was not made by the model of {config.store!r}; name a "
-            "store of the same model that holds the same hook."
-        )
+    """What has the statistics that centre and whiten: the store itself, or the one named in control_store."""
+    control = store
+    if config.control_store is not None:
+        if config.aligned_stores:
+            raise UserError("control_store is of one model and aligned_stores of several; leave control_store out.")
+        control = workspace.open_store(config.control_store)
+        if missing := [hook for hook in config.hooks if hook not in control.hooks]:
+            raise UserError(
+                f"The control store {config.control_store!r} has no hook {missing[0]!r}; it holds "
+                f"{', '.join(control.hooks)}. Harvest that hook of the control text, or leave control_store out."
+            )
+        if any(control.d(hook) != store.d(hook) for hook in config.hooks) or _model(control) != _model(store):
+            raise UserError(
+                f"The control store {config.control_store!r} was not made by the model of {config.store!r}; name a "
+                "store of the same model that holds the same hook."
+            )
+    _check_whitening(config, control)
     return control
+
+
+def _check_whitening(config: TrainConfig[Any], control: Store) -> None:
+    """Refuses to whiten by fewer rows than there are directions, unless shrinkage makes up for those without spread."""
+    whitens = getattr(config.dictionary, "whiten", False) or getattr(config.dictionary, "scaling", "") == "whiten"
+    rows, width = control.manifest.rows_planned, max(control.d(hook) for hook in config.hooks)
+    if whitens and config.dictionary.shrinkage == 0 and rows <= width:
+        raise UserError(
+            f"The {rows:,} control rows of {control.name!r} cannot vary in all {width} directions, so that they do not "
+            "whiten; set shrinkage above 0, or name a control_store with more rows."
+        )
 
 
 def open_loader(configs: Sequence[TrainConfig[Any]], store: Store) -> Loader:
