@@ -118,9 +118,7 @@ class ICFL(Dictionary):
         """Every ``reset_every`` steps, redraw one of each pair of atoms closer than ``reset_cosine`` on the sphere."""
         if (update.step + 1) % self.config.reset_every:
             return {}
-        unit_SD = F.normalize(self.atoms, dim=1)
-        close_SS = (unit_SD @ unit_SD.T).triu(diagonal=1) > self.config.reset_cosine
-        repeated = close_SS.any(dim=0).nonzero().squeeze(1)  # of each pair the later one
+        repeated = _repeated(F.normalize(self.atoms, dim=1), self.config.reset_cosine)
         if len(repeated):
             fresh = F.normalize(torch.randn(len(repeated), self.d_in, generator=update.generator), dim=1)
             self.atoms[repeated] = fresh.to(self.atoms)
@@ -170,6 +168,16 @@ def pursue(rows_BD: Tensor, W_SD: Tensor, ridge_S: Tensor, rounds: int, width: i
     found = [_pursue_block(rows_bD, W_SD, gram_SS, diagonal_S, rounds, width) for rows_bD in rows_BD.split(block)]
     values, indices = zip(*found, strict=True)
     return torch.cat(values), torch.cat(indices)
+
+
+def _repeated(unit_SD: Tensor, cosine: float) -> Tensor:
+    """Numbers of the atoms that are closer than ``cosine`` to an earlier one."""
+    found = []
+    for first in range(0, len(unit_SD), STRIP):
+        last = first + STRIP
+        close = unit_SD[first:last] @ unit_SD[:last].T > cosine
+        found.append(close.tril(diagonal=first - 1).any(dim=1))
+    return torch.cat(found).nonzero().squeeze(1)
 
 
 def _gram(W_SD: Tensor) -> Tensor:

@@ -90,6 +90,42 @@ class TestICFL(DictionaryTests):
         assert not optimiser.state[dictionary.atoms]["exp_avg"][7].any()
         assert optimiser.state[dictionary.atoms]["exp_avg"][3].any()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("strip", [3, 512])
+    def test_of_atoms_that_point_the_same_way_the_first_stays(self, dtype, strip, monkeypatch):
+        monkeypatch.setattr(icfl, "STRIP", strip)
+        dictionary = self.make(12, None).to(dtype)
+        with torch.no_grad():
+            dictionary.atoms[:12] = torch.eye(12)
+            dictionary.atoms[12:] = -torch.eye(12)[:8]  # the other way is another atom
+            dictionary.atoms[5], dictionary.atoms[9] = 3 * dictionary.atoms[1], 0.1 * dictionary.atoms[1]
+            dictionary.atoms[19] = dictionary.atoms[12] + 0.1 * dictionary.atoms[2]
+        before = dictionary.atoms.detach().clone()
+        optimiser = torch.optim.Adam([dictionary.atoms])
+        x = self.data(False)[0].to(dtype)
+        said = dictionary.after_update(
+            Update(optimiser, 2, 3, torch.Generator().manual_seed(1), x, None, dictionary.loss(x))
+        )
+        changed = (dictionary.atoms != before).any(dim=1).nonzero().flatten()
+        assert changed.tolist() == [5, 9, 19] and said == {"resets": 3.0}
+        torch.testing.assert_close(dictionary.atoms[changed].norm(dim=1), torch.ones(3, dtype=dtype))
+
+    @pytest.mark.parametrize(("rounds", "width"), [(1, 1), (1, 12), (12, 1), (5, 2)])
+    @pytest.mark.parametrize("shrinkage", [0.0, 0.5])
+    def test_any_rounds_widths_and_shrinkage_rebuild_what_the_reference_rebuilds(self, rounds, width, shrinkage):
+        config = ICFLConfig(d_sae=20, rounds=rounds, width=width, shrinkage=shrinkage)
+        dictionary = ICFL(config, 12).double()
+        control = self.control()
+        dictionary.initialise(self.data(False)[0], None, torch.Generator().manual_seed(0), control)
+        covariance = torch.tensor(control.second_moment - control.mean[:, None] * control.mean)
+        s, U = torch.linalg.eigh(covariance)
+        T = U / (s + shrinkage * s.mean()).sqrt()
+        x = self.data(False, seed=1)[0].double()
+        u = (x - torch.tensor(control.mean)) @ T
+        z = torch.stack([pursue_slowly(row / row.norm(), dictionary.atoms.detach(), config) * row.norm() for row in u])
+        expected = z @ dictionary.atoms @ torch.linalg.inv(T) + torch.tensor(control.mean)
+        torch.testing.assert_close(dictionary(x), expected, rtol=1e-4, atol=1e-4)
+
     def test_equal_atoms_in_one_round_stay_finite(self):
         dictionary = self.trained(False)
         with torch.no_grad():
