@@ -76,4 +76,4 @@ def test_every_coordinate_of_a_row_and_its_place_matter():
 def test_it_is_always_the_same():
     """A changed hash would continue runs with another noise."""
     found = row_noise(torch.tensor([[1.0, -2.0, 0.5]]), 3, 7, 1)
-    torch.testing.assert_close(found, torch.tensor([[0.3969411, -1.3635428, -1.7130431]]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, torch.tensor([[1.466658, 0.481425, -0.446406]]), rtol=1e-5, atol=1e-6)

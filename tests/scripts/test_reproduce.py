@@ -108,6 +108,9 @@ def test_matching_pursuit_stands_beside_kinds_with_a_fixed_number(tmp_path):
     rows = [[k, name] for name in ("MP-SAE", "TopK") for k in ("4", "8", "16")]
     assert [row[:2] for row in tables["mp bundled"][1:]] == rows
     assert tables["mp bundled over TopK"][0][1:] == ["k = 4", "k = 8", "k = 16"]
+    sets = ["all atoms", "active together", "as many at random"]
+    assert [row[:2] for row in tables["mp coherence"][1:]] == [[r, s] for r in ("1", "4") for s in sets]
+    assert first_column(quick("mp_sae", "revive", tmp_path / "revive")["tables"]["mp revive"]) == ["0.0", "0.03", "0.3"]
 
 
 @pytest.mark.heavy
