@@ -126,6 +126,29 @@ def test_variational_autoencoders_stand_beside_topk(part, tmp_path):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("part", ["easy", "hard", "variants", "nuisance", "images"])
+def test_iterative_codebooks_stand_beside_topk(part, tmp_path):
+    tables = quick("icfl", part, tmp_path)["tables"]
+    kinds = ["ICFL", "ICFL without resets", "TopK", "TopK without AuxK"]
+    if part == "easy":
+        assert first_column(tables["icfl easy"]) == kinds
+    elif part == "hard":
+        rows = [row[:2] for row in tables["icfl hard"][1:]]
+        assert rows == [[whitened, kind] for whitened in ("no", "yes") for kind in kinds]
+    elif part == "variants":
+        assert first_column(tables["icfl variants"]) == [
+            "J = 4, L = 1", "J = 1, L = 4", "J = 2, L = 2, by inner product"
+        ]  # fmt: skip
+    else:
+        for name in ("selectivity", "probe"):
+            rows = [row[:2] for row in tables[f"icfl {part} {name}"][1:]]
+            assert rows == [[kind, whitened] for kind in ("ICFL", "TopK") for whitened in ("yes", "no")]
+    if part in ("easy", "hard"):
+        starts = ["easy"] if part == "easy" else ["hard", "hard, whitened"]
+        assert first_column(tables["icfl over TopK"]) == starts
+
+
+@pytest.mark.heavy
 def test_transcoders_stand_beside_the_linear_path(tmp_path):
     tables = quick("transcoder", "bundled", tmp_path)["tables"]
     kinds = ["linear path alone", "transcoder", "SAE of the output", "skip transcoder"]
