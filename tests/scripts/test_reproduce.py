@@ -149,6 +149,14 @@ def test_iterative_codebooks_stand_beside_topk(part, tmp_path):
 
 
 @pytest.mark.heavy
+def test_every_kind_without_the_usual_encoder_stands_in_one_table(tmp_path):
+    tables = quick("on_models", "bundled", tmp_path)["tables"]
+    kinds = ["TopK", "ICFL", "MP-SAE", "vSAE"]
+    assert [row[1] for row in tables["models bundled"][1:]] == [*kinds, "TopK", "SNMF"]
+    assert [row[1] for row in tables["models bundled reader"][1:]] == [*kinds, "TopK after one step", "TopK", "SNMF"]
+
+
+@pytest.mark.heavy
 def test_transcoders_stand_beside_the_linear_path(tmp_path):
     tables = quick("transcoder", "bundled", tmp_path)["tables"]
     kinds = ["linear path alone", "transcoder", "SAE of the output", "skip transcoder"]
