@@ -187,6 +187,19 @@ def test_crosscoders_of_a_change_stand_beside_those_of_none(tmp_path):
         assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+@pytest.mark.heavy
+def test_directions_of_each_origin_are_detected_and_steered_by(tmp_path):
+    tables = quick("steering", "bundled", tmp_path)["tables"]
+    from steering import METHODS, TARGETS
+
+    assert first_column(tables["steering detection"]) == METHODS
+    rows = [[f"{kl:g}", method] for kl in TARGETS for method in METHODS]
+    assert [row[:2] for row in tables["steering effect"][1:]] == rows
+    assert first_column(tables["steering concepts"]) == ["numbers", "quotes"]
+    missed = [float(row[-1].split(" ")[0]) for row in tables["steering effect"][1:]]
+    assert max(missed) < 100  # a KL is hit at least for some concept
+
+
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
