@@ -38,6 +38,7 @@ from sae_family import named, plain_run
 from torch import Tensor
 
 from activation_store.seeds import numpy_stream
+from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.dictionaries.scaling import whitening
@@ -225,14 +226,20 @@ def measure_labelled(name: str, of: Labelled, size: Size, seed: int, workspace: 
         with torch.no_grad():
             codes = dictionary.encode(x)
         record: Record = {"dictionary": kind, "whitened": whitened, "seed": seed, **reconstructed(dictionary, x)}
-        for what, labels in (("label", of.labels), ("batch", of.batches)):
-            for threshold, count in selective_counts(codes, labels, seed=seed).items():
-                record |= {f"{what}{threshold}": count.value, f"{what}{threshold}_null": count.floor}
-            record[f"{what}_best"] = float(label_selectivity(codes, labels).best().mean())
+        record |= selectivity(codes, of, seed)
         of_output, of_x = probe_reconstruction(dictionary, x, of.labels, of.batches, seed=seed)
         record |= {"probe": 100 * of_output.accuracy, "probe_x": 100 * of_x.accuracy, "chance": 100 * of_x.chance}
         found.append((dictionary, record | {"probe_less": 100 * (of_output.accuracy - of_x.accuracy)}))
     return found
+
+
+def selectivity(codes: Codes, of: Labelled, seed: int) -> Record:
+    record: Record = {}
+    for what, labels in (("label", of.labels), ("batch", of.batches)):
+        for threshold, count in selective_counts(codes, labels, seed=seed).items():
+            record |= {f"{what}{threshold}": count.value, f"{what}{threshold}_null": count.floor}
+        record[f"{what}_best"] = float(label_selectivity(codes, labels).best().mean())
+    return record
 
 
 def measure_nuisance(options: Options) -> list[Record]:
@@ -259,6 +266,8 @@ def measure_nuisance(options: Options) -> list[Record]:
             drawn.labels["topic"],
             drawn.labels["nuisance"],
         )
+        truth = selectivity(Codes.from_dense(torch.from_numpy(drawn.codes)), labelled, seed)
+        records.append({"dictionary": "the features themselves", "whitened": "", "seed": seed, **truth})
         for dictionary, record in measure_labelled(f"nuisance-{seed}", labelled, size, seed, options.workspace):
             mcc = matched_cosine(dictionary.W_dec.detach().numpy(), planted.directions, draws=3)
             records.append(record | {"mcc": mcc.value, "mcc_floor": mcc.floor})
@@ -371,7 +380,7 @@ def tables(records: Sequence[Record]) -> dict[str, Table]:
             label = {"": "dictionary", "whitened": "whitened"}
             made[f"icfl {part} selectivity"] = tabulate(of[part], label, SELECTIVITY)
             recovery = {"MCC": ("mcc", 3), "(chance) ": ("mcc_floor", 3)} if part == "nuisance" else {}
-            made[f"icfl {part} probe"] = tabulate(of[part], label, PROBED | recovery)
+            made[f"icfl {part} probe"] = tabulate([r for r in of[part] if "probe" in r], label, PROBED | recovery)
     return made
 
 
