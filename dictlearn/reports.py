@@ -186,6 +186,8 @@ def feature(page: FeaturePage) -> None:
     )
     if page.writes_to:
         print_line("writes to: " + ", ".join(f"{each.hook} {each.share:.0%}" for each in page.writes_to))
+    if page.neurons:
+        print_line("neurons: " + ", ".join(f"{each.neuron} {each.weight:+.2f}" for each in page.neurons))
     for band in page.bands[:1]:
         for strip in band.strips[:10]:
             print_line(f"{strip.value:10.3f}  {in_brackets(strip)}   {strip.document} ({strip.split})")

@@ -155,6 +155,7 @@ def side(page: FeaturePage, link: links.FeatureLink) -> list[Block]:
         section("Fires on"),
         fires_on(page),
         *writes_to(page),
+        *neurons(page),
         *logits(page),
         section("Nearest decoder rows"),
         table(
@@ -237,6 +238,22 @@ def writes_to(page: FeaturePage) -> list[Block]:
                 row([one.hook, {"text": percent(one.share), "bar": one.share}, short(one.norm)])
                 for one in page.writes_to
             ],
+            dense=True,
+        ),
+    ]
+
+
+def neurons(page: FeaturePage) -> list[Block]:
+    """Of a dictionary that rebuilds an MLP's neurons: which of them a latent is."""
+    if not page.neurons:
+        return []
+    listed = sum(one.weight**2 for one in page.neurons)
+    return [
+        section("Neurons"),
+        prose_note(f"The largest weights of its decoder row, {percent(listed)} of the row's squared length."),
+        table(
+            [column("neuron"), column("weight", "right", "signed, of the decoder row at unit length")],
+            [row([str(one.neuron), {"text": f"{one.weight:+.2f}", "bar": one.weight}]) for one in page.neurons],
             dense=True,
         ),
     ]

@@ -547,7 +547,7 @@ class SemiNMFConfig:
     """Where its codes begin: random numbers, or the rows' principal axes."""
     sweeps: int = 100
     """Most sweeps over all features that find the codes of a row."""
-    tolerance: float = 1e-3
+    tolerance: float = 1e-2
     """A row's codes are found when a sweep changes none by more than this share of its best product with a feature."""
     dead_after_rows: int = 10_000_000
     """A feature counts as dead when it has not been used for this many rows (tokens)."""

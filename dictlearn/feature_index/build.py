@@ -27,7 +27,9 @@ from dictlearn.feature_index.decoder import (
     logit_effects,
     logits_in_words,
     neighbours,
+    neurons_of,
     reaching_the_end,
+    top_neurons,
     why_no_logits,
 )
 from dictlearn.feature_index.encode import Part, encode_parts
@@ -89,7 +91,7 @@ def _build(work: IndexWork, dictionary: Dictionary, staging: Staging, progress: 
         rows_held_out=int(np.diff(_held_out(work), axis=1).sum()),
         histogram_edges=tuple(edges.tolist()),
         logits=words,
-        has_logits=made.logits and why_no_logits(work.hooks_out, made.aligned_stores) is None,
+        has_logits=made.logits and why_no_logits(work.hooks_out, made.aligned_stores, work.model.layout) is None,
         files={key: checksum((staging.index / key).read_bytes()) for key in keys},
     )
     staging.write_metadata(sizes, manifest.to_bytes())
@@ -146,6 +148,7 @@ def _sizes(work: IndexWork, staging: Staging, activations: int, bins: int) -> Si
         P=sum(map(len, token_bytes(load_tokenizer(work.model), work.model.vocab_size))),
         H=bins,
         M=len(work.hooks_out) if len(work.hooks_out) > 1 else 0,
+        W=0 if neurons_of(work.hooks_out) is None else LISTED,
     )
 
 
@@ -166,20 +169,30 @@ def _decoder(work: IndexWork, dictionary: Dictionary, staging: Staging, progress
             staging.write_array("neighbours/latents", latents)
             staging.write_array("neighbours/cosines", cosines)
             staging.write_array("decoder/norms", norms_SM.numpy())
+    layer = neurons_of(hooks)
+    if not staging.is_done("neurons"):
+        with staging.step("neurons"):
+            listed = (
+                top_neurons(W_dec_SO) if layer is not None else (np.empty((made.d_sae, 0)), np.empty((made.d_sae, 0)))
+            )
+            for name, array in zip(("numbers", "weights"), listed, strict=True):
+                staging.write_array(f"neurons/{name}", array)
     words = staging.folder / "logits.txt"
     if not staging.is_done("logits"):
         with staging.step("logits"):
-            end, why_not = None, why_no_logits(hooks, made.aligned_stores)
+            end, why_not = None, why_no_logits(hooks, made.aligned_stores, work.model.layout)
             tokens, values = np.full((made.d_sae, LISTED), -1), np.full((made.d_sae, LISTED), np.nan)
             found = (tokens, values, tokens, values)
             if made.logits and why_not is None:
-                end = load_unembedding(work.model, known_tokens(load_tokenizer(work.model), work.model.vocab_size))
-                reaching = reaching_the_end(hooks)
-                written = W_dec_SO.split(dictionary.output_parts, dim=1)
+                known_V = known_tokens(load_tokenizer(work.model), work.model.vocab_size)
+                end = load_unembedding(work.model, known_V, layer)
+                if end.W_out_NO is not None:
+                    written_SO = W_dec_SO.float() @ end.W_out_NO
+                else:
+                    written = W_dec_SO.split(dictionary.output_parts, dim=1)
+                    written_SO = torch.stack([written[part] for part in reaching_the_end(hooks)]).sum(dim=0)
                 with progress.task("logits of every latent", total=made.d_sae, unit="latents") as task:
-                    found = logit_effects(
-                        torch.stack([written[part] for part in reaching]).sum(dim=0), end, task.advance
-                    )
+                    found = logit_effects(written_SO, end, task.advance)
             for name, array in zip(("top_tokens", "top_values", "bottom_tokens", "bottom_values"), found, strict=True):
                 staging.write_array(f"logits/{name}", array)
             text = logits_in_words(hooks, made.logits, why_not, end)

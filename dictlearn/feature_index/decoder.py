@@ -9,6 +9,10 @@ later layers left out and the norm's denominator, which depends on the whole str
 A constant added to all logits changes no probability, hence the mean over the vocabulary is taken out. Divide by the
 length scale of the residual stream in front of the final norm to get logits; the order of tokens is right as it stands.
 
+Neurons. What a dictionary of ``mlp.hook_post`` rebuilds is a number for each neuron of an MLP, and a latent's row says
+which neurons it is. They reach the stream through the MLP's output weights: row s of W_dec W_out then stands for the
+row above, in models that add an MLP's output to the stream as it is.
+
 Several hooks. What a latent writes to several places of one model reaches the end together: rows for what is added to
 the stream (the outputs of attention and MLP) are summed. The stream itself, further up, is all that was added before,
 so where it is rebuilt the last such row counts, and of the others those for what is added after it. Models that were
@@ -53,6 +57,9 @@ PLACES_IN_BLOCK = (
 added to it."""
 
 OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+NEURONS = re.compile(r"blocks\.(\d+)\.mlp\.hook_post")
+NORM_BEHIND_MLP = ("gemma2", "gemma3_text", "olmo2")
+"""Layouts with a norm between an MLP and the stream: what a neuron adds depends on all the others."""
 EMBEDDING = re.compile(r"hook_embed|hook_pos_embed|embed\.hook_out|pos_embed\.hook_out")
 
 
@@ -92,6 +99,21 @@ def neighbours(W_dec_SO: Tensor, advance: Callable[[int], None]) -> tuple[np.nda
     return latents, cosines
 
 
+def top_neurons(W_dec_SO: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The neurons of largest weight in each row over neurons: ``(numbers (S, T) int32, weights (S, T) float32)``.
+
+    Weights are those of the row at unit length, so that a square is a share; -1 and NaN where no other is above 0.
+    """
+    S, neurons = W_dec_SO.shape
+    numbers, weights = np.full((S, LISTED), -1, np.int32), np.full((S, LISTED), np.nan, np.float32)
+    unit_SO = F.normalize(W_dec_SO.float(), dim=1)
+    found = unit_SO.abs().topk(min(LISTED, neurons), dim=1).indices
+    listed = unit_SO.gather(1, found).numpy()
+    numbers[:, : listed.shape[1]] = np.where(listed != 0, found.numpy(), -1)
+    weights[:, : listed.shape[1]] = np.where(listed != 0, listed, np.nan)
+    return numbers, weights
+
+
 @dataclass(frozen=True)
 class Unembedding:
     """The end of a language model.
@@ -101,16 +123,20 @@ class Unembedding:
         centres: whether that norm subtracts the mean over O (LayerNorm does, RMSNorm does not).
         W_U_OV: the unembedding, of the tokens in ``token_ids_V``.
         token_ids_V: the tokens that the tokenizer knows, ascending.
+        W_out_NO: what each neuron of one layer adds to the stream; None where no layer was named.
     """
 
     gain_O: Tensor
     centres: bool
     W_U_OV: Tensor
     token_ids_V: np.ndarray
+    W_out_NO: Tensor | None = None
 
 
-def load_unembedding(spec: ModelSpec, known_V: np.ndarray) -> Unembedding:
-    """Load the language model and keep its end. ``known_V`` (vocabulary,) says which tokens exist.
+def load_unembedding(spec: ModelSpec, known_V: np.ndarray, neurons_of: int | None = None) -> Unembedding:
+    """Load the language model and keep its end, and the output weights of the MLP of layer ``neurons_of``.
+
+    ``known_V`` (vocabulary,) says which tokens exist.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -126,7 +152,8 @@ def load_unembedding(spec: ModelSpec, known_V: np.ndarray) -> Unembedding:
     if getattr(norm, "uses_weight_offset", False):
         gain_O = gain_O + 1
     centres = norm is not None and not getattr(norm, "uses_rms_norm", False)
-    return Unembedding(gain_O, centres, W_U_OV[:, torch.from_numpy(token_ids_V)].contiguous(), token_ids_V)
+    W_out_NO = None if neurons_of is None else model.W_out[neurons_of].detach().float().cpu()
+    return Unembedding(gain_O, centres, W_U_OV[:, torch.from_numpy(token_ids_V)].contiguous(), token_ids_V, W_out_NO)
 
 
 def logit_effects(
@@ -163,18 +190,27 @@ def logits_in_words(hooks_out: Sequence[str], wanted: bool, why_not: str | None,
     norm = "LayerNorm's centring and gain" if end.centres else "the final norm's gain"
     reaching = " + ".join(hooks_out[part] for part in reaching_the_end(hooks_out))
     row = "decoder row" if len(hooks_out) == 1 else f"decoder row at {reaching}"
+    row += "" if end.W_out_NO is None else ", the MLP's output weights"
     return (
         f"Direct effect of one unit of activation on the logits: {row}, {norm}, unembedding; later layers left "
         "out, the norm's denominator taken as 1, the mean over the vocabulary subtracted."
     )
 
 
-def why_no_logits(hooks_out: Sequence[str], aligned_stores: Sequence[str]) -> str | None:
-    """Why no effect on logits is defined, or None where one is."""
+def why_no_logits(hooks_out: Sequence[str], aligned_stores: Sequence[str], layout: str) -> str | None:
+    """Why no effect on logits is defined in a model of this layout, or None where one is."""
     if aligned_stores:
         return "the dictionary writes to the hooks of several models, and each has logits of its own"
+    if neurons_of(hooks_out) is not None:
+        return f"{layout} has a norm behind its MLPs" if layout in NORM_BEHIND_MLP else None
     elsewhere = [hook for hook in hooks_out if not writes_to_stream(hook)]
     return f"{elsewhere[0]} does not write into the residual stream" if elsewhere else None
+
+
+def neurons_of(hooks_out: Sequence[str]) -> int | None:
+    """The layer whose MLP's neurons are rebuilt, where that is the one hook; None for all others."""
+    found = NEURONS.fullmatch(hooks_out[0]) if len(hooks_out) == 1 else None
+    return None if found is None else int(found[1])
 
 
 def writes_to_stream(hook: str) -> bool:

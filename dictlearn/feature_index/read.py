@@ -38,6 +38,7 @@ __all__ = [
     "FeatureTable",
     "Histogram",
     "Neighbour",
+    "Neuron",
     "TokenFired",
     "TokenLogit",
     "TokenStrip",
@@ -131,6 +132,18 @@ class WritesTo:
 
 
 @dataclass(frozen=True)
+class Neuron:
+    """A neuron in a latent's decoder row, of a dictionary that rebuilds neurons.
+
+    Attributes:
+        weight: signed, of the row at unit length; its square is the neuron's share.
+    """
+
+    neuron: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class FeaturePage:
     """Everything shown of one latent. Numbers that do not exist (of a latent that never fired) are None.
 
@@ -143,6 +156,7 @@ class FeaturePage:
         top_logits, bottom_logits: empty where ``logits_are`` says why there are none.
         provenance: what the index was made from (`spec.MadeFrom`): run, store, model, hooks, fingerprints.
         writes_to: the hooks it is decoded into, where there are several.
+        neurons: those of largest weight in its decoder row, where it is neurons that are rebuilt.
     """
 
     latent: int
@@ -167,6 +181,7 @@ class FeaturePage:
     coactive: tuple[CoActive, ...]
     provenance: dict[str, Any]
     writes_to: tuple[WritesTo, ...] = ()
+    neurons: tuple[Neuron, ...] = ()
 
     @property
     def run(self) -> str:
@@ -449,6 +464,7 @@ def feature_page(
         coactive=_coactive(index, latent),
         provenance=index.provenance,
         writes_to=_writes_to(index, latent),
+        neurons=_neurons(index, latent),
     )
 
 
@@ -508,6 +524,13 @@ def _writes_to(index: FeatureIndex, latent: int) -> tuple[WritesTo, ...]:
     norms, shares = index.array("decoder/norms")[latent], index.decoder_shares()[latent]
     return tuple(
         WritesTo(hook, norm, share) for hook, norm, share in zip(hooks, norms.tolist(), shares.tolist(), strict=True)
+    )
+
+
+def _neurons(index: FeatureIndex, latent: int) -> tuple[Neuron, ...]:
+    numbers, weights = index.array("neurons/numbers")[latent], index.array("neurons/weights")[latent]
+    return tuple(
+        Neuron(number, weight) for number, weight in zip(numbers.tolist(), weights.tolist(), strict=True) if number >= 0
     )
 
 

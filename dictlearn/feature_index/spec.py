@@ -84,6 +84,8 @@ ARRAYS = (
     IndexArray(
         "decoder/norms", "SM", "float32", "length of its decoder row in each rebuilt hook, in units of its spread"
     ),
+    IndexArray("neurons/numbers", "SW", "int32", "neurons of largest weight in its decoder row; -1 for no more"),
+    IndexArray("neurons/weights", "SW", "float32", "the weights, of the row at unit length"),
     IndexArray("coactive/latents", "ST", "int32", "latents with the largest Jaccard index of rows; -1 for no more"),
     IndexArray("coactive/counts", "ST", "int64", "rows in which both fired"),
     IndexArray("logits/top_tokens", "ST", "int32", "tokens whose logit it raises most; -1 where there are no logits"),
@@ -112,7 +114,7 @@ class Sizes:
     Attributes:
         S: latents; F one more. N: activations. R: rows. D: documents. I: bytes of their ids. V: tokens of the
             vocabulary. P: bytes of their pieces. H: histogram bins. M: rebuilt hooks, where there are several, else 0.
-            Q: quantile levels. T: entries of a list.
+            W: listed neurons, where it is neurons that are rebuilt, else 0. Q: quantile levels. T: entries of a list.
     """
 
     S: int
@@ -124,6 +126,7 @@ class Sizes:
     P: int
     H: int
     M: int = 0
+    W: int = 0
     Q: int = len(QUANTILE_LEVELS)
     T: int = LISTED
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,22 @@ def test_a_feature_page_shows_its_numbers_and_examples(screen: Open) -> None:
     assert top["href"].startswith("store?store=stdlib&row=")
     histogram = feature.blocks("histogram")[0]
     assert sum(histogram["counts"]) == int(feature.facts["fires in"].split()[0].replace(",", ""))
+
+
+def test_the_neurons_of_a_latent_are_listed_where_there_are_any(tiny: Path) -> None:
+    """Of mlp.hook_post, which the tiny store has not."""
+    from dictlearn.feature_index.read import Neuron, feature_page, open_index
+    from dictlearn_app.links import FeatureLink
+    from dictlearn_app.screens import feature
+
+    page = feature_page(open_index(tiny / "indexes" / "sae.zarr"), 5)
+    assert feature.neurons(page) == []
+    of_neurons = replace(page, neurons=(Neuron(31, -0.8), Neuron(2, 0.5)))
+    _, note, table = feature.neurons(of_neurons)
+    assert "89.0% of the row's squared length" in json.dumps(note)
+    cells = [row["cells"] for row in table["rows"]]
+    assert cells == [["31", {"text": "-0.80", "bar": -0.8}], ["2", {"text": "+0.50", "bar": 0.5}]]
+    assert table in feature.side(of_neurons, FeatureLink(index="sae", latent=5))
 
 
 def test_the_next_feature_is_a_new_address(screen: Open) -> None:

@@ -64,8 +64,8 @@ class TestSemiNMF(DictionaryTests):
         return left_over.square().mean() + (through * (features - features.detach())).sum() + losers.sum()
 
     def test_training_lowers_the_error(self):
-        """With codes as exact as usual: those of the other tests take a minute."""
-        self.solver = {}
+        """With codes no more exact than training needs: those of the other tests take a minute."""
+        self.solver = {"sweeps": 20}
         super().test_training_lowers_the_error()
 
     def test_features_keep_unit_norm_and_exactly_as_many_neurons(self):
@@ -78,7 +78,7 @@ class TestSemiNMF(DictionaryTests):
             assert (dictionary.fold().features != 0).sum() == kept * dictionary.d_sae, name
 
     def test_training_may_change_which_neurons_a_feature_has(self):
-        self.solver = {}
+        self.solver = {"sweeps": 20}
         before, after = (self.trained(False, updates=updates).W_dec != 0 for updates in (0, 60))
         assert (before != after).any()
 
@@ -146,10 +146,10 @@ class TestSemiNMF(DictionaryTests):
 # --- codes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "d", "features"), [(40, 12, 7), (25, 10, 10), (30, 6, 15), (3, 1, 1)])
+@pytest.mark.parametrize(("rows", "d", "features"), [(40, 12, 7), (25, 10, 10), (10, 6, 12), (3, 1, 1)])
 def test_codes_are_those_of_scipy(rows, d, features):
     """Where there are more features than coordinates codes need not be unique; what they rebuild is."""
-    for seed in range(4):
+    for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         F = torch.randn(features, d, generator=generator, dtype=torch.float64)
         x = torch.randn(rows, d, generator=generator, dtype=torch.float64)
@@ -183,12 +183,12 @@ def signed_rows(seed: int, rows: int = 60, d: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("start", [random_codes, svd_codes])
 def test_the_error_falls_in_every_iteration_without_winner_take_all(start, non_negative):
     """But for what the ridge may add: its size times the squared length of the features."""
-    for seed in range(5):
+    for seed in range(4):
         rows = signed_rows(seed)
         rows = rows.abs() if non_negative else rows
         codes = start(rows, 6, torch.Generator().manual_seed(seed))
         errors, allowed = [], []
-        for _ in range(200):
+        for _ in range(100):
             features, codes = alternation(rows, codes, 1.0, non_negative)
             assert (codes >= 0).all() and (not non_negative or (features >= 0).all())
             errors.append(float((rows - codes @ features).square().sum()))

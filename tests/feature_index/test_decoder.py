@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+import dictlearn
 from activation_store.harvest.language_model import load_language_model, load_tokenizer, resolve_model
+from dictlearn import reports
 from dictlearn.feature_index.command import IndexConfig, run_index
-from dictlearn.feature_index.decoder import Unembedding, load_unembedding, logit_effects, neighbours, writes_to_stream
+from dictlearn.feature_index.decoder import (
+    Unembedding,
+    load_unembedding,
+    logit_effects,
+    neighbours,
+    top_neurons,
+    why_no_logits,
+    writes_to_stream,
+)
 from dictlearn.feature_index.read import feature_page, open_index
 from dictlearn.feature_index.spec import LISTED
 from dictlearn.feature_index.token_text import known_tokens
@@ -80,9 +90,10 @@ def save_real_model(folder: Path, layout: str) -> Path:
     (folder / "model.safetensors").unlink()
     if layout == "gpt2":
         config = transformers.GPT2Config(vocab_size=260, n_embd=12, n_layer=2, n_head=2, n_positions=16, bos_token_id=0)
+        config.n_inner = 12
         cls = transformers.GPT2LMHeadModel
     else:
-        widths = dict(vocab_size=260, hidden_size=12, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+        widths = dict(vocab_size=260, hidden_size=12, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
         config, cls = transformers.LlamaConfig(**widths, bos_token_id=0), transformers.LlamaForCausalLM
     torch.manual_seed(3)
     model = cls(config)
@@ -126,6 +137,52 @@ def test_an_index_with_logits_shows_them(tmp_path) -> None:
     assert page.top_logits[0].logit > 0 > page.bottom_logits[0].logit
     assert page.top_logits[0].token == index.table().top_logit[5]
     assert "LayerNorm's centring and gain" in page.logits_are and index.manifest.has_logits
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+def test_latents_of_an_mlp_are_shown_by_their_neurons_and_reach_the_logits_through_its_weights(
+    layout: str, tmp_path, capsys
+) -> None:
+    workspace = Workspace(tmp_path)
+    folder = save_real_model(workspace.root / "model", layout)
+    make_run(workspace, "run", make_store(workspace, "store", [60], hook="blocks.1.mlp.hook_post", model=folder))
+    index = open_index(run_index(IndexConfig("run"), workspace))
+    page = feature_page(index, 5)
+    W_dec = dictlearn.load(workspace.run("run").folder).W_dec
+    unit = (W_dec / W_dec.norm(dim=1, keepdim=True))[5]
+    order = unit.abs().argsort(descending=True)[:LISTED].tolist()
+    assert [one.neuron for one in page.neurons] == order
+    np.testing.assert_allclose([one.weight for one in page.neurons], unit[order], rtol=1e-5)
+    reports.feature(page)
+    assert f"neurons: {order[0]} {unit[order[0]]:+.2f}, {order[1]} " in capsys.readouterr().out
+
+    spec = resolve_model(str(folder))
+    model, added = load_language_model(spec), []
+    for strength in (0, 1):  # what a unit of the latent adds to the stream, by the model itself
+        hooks = [
+            ("blocks.1.mlp.hook_post", lambda x, hook, strength=strength: x + strength * W_dec[5]),
+            ("blocks.1.hook_mlp_out", lambda x, hook: added.append(x[0, 0].detach())),
+        ]
+        model.run_with_hooks(torch.tensor([[0, 5]]), fwd_hooks=hooks)
+    end = load_unembedding(spec, known_tokens(load_tokenizer(spec), spec.vocab_size))
+    tokens, values, _, _ = logit_effects((added[1] - added[0])[None], end, ignore)
+    np.testing.assert_allclose([one.logit for one in page.top_logits], values[0], rtol=1e-3, atol=1e-4)
+    assert [one.token_id for one in page.top_logits][:3] == tokens[0, :3].tolist()
+    assert "decoder row, the MLP's output weights, " in page.logits_are and index.manifest.has_logits
+
+
+def test_a_weight_of_zero_is_no_neuron() -> None:
+    numbers, weights = top_neurons(torch.tensor([[0.0, -4, 0, 3], [0, 0, 0, 0]]))
+    assert numbers.tolist() == [[1, 3, *[-1] * 8], [-1] * 10]
+    np.testing.assert_allclose(weights[0, :2], [-0.8, 0.6])
+    assert np.isnan(weights[0, 2:]).all() and np.isnan(weights[1]).all()
+
+
+def test_neurons_behind_which_a_norm_stands_have_no_logits() -> None:
+    assert why_no_logits(("blocks.1.mlp.hook_post",), (), "llama") is None
+    assert why_no_logits(("blocks.1.mlp.hook_post",), (), "gemma2") == "gemma2 has a norm behind its MLPs"
+    several = ("blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post")
+    assert why_no_logits(several, (), "llama") == f"{several[0]} does not write into the residual stream"
 
 
 def test_a_dictionary_that_does_not_write_to_the_stream_has_no_logits(tmp_path) -> None:

@@ -38,7 +38,7 @@ SETTINGS = {
     "ksparse": dict(k=6, alpha=1.5),
     "mp": dict(k=4),
     "icfl": dict(rounds=3, width=2),
-    "snmf": dict(winners=0.3, iterations=5, tolerance=1e-5, sweeps=1000),
+    "snmf": dict(winners=0.3, iterations=5, tolerance=1e-5, sweeps=20),
     "clt": dict(k=3),
 }
 
@@ -95,7 +95,9 @@ def test_every_activation_of_every_kind_is_kept(kind, tmp_path) -> None:
     shown = [[band.kind for band in feature_page(index, latent).bands] for latent in range(index.d_sae)]
     assert [("bottom" in kinds) for kinds in shown] == (dense < 0).any(axis=0).tolist()
     assert [("top" in kinds) for kinds in shown] == (dense > 0).any(axis=0).tolist()
-    assert feature_page(index, 0).writes_to == () and set(index.table().writes_to) == {""}
+    assert feature_page(index, 0).writes_to == feature_page(index, 0).neurons == () and set(
+        index.table().writes_to
+    ) == {""}
     assert np.isnan(index.table().writes_to_share).all()
 
 
@@ -204,8 +206,8 @@ def test_a_cross_layer_transcoder_writes_to_all_layers_and_its_logits_are_their_
     ],
 )
 def test_rows_that_the_stream_holds_already_are_not_counted_twice(hooks, reaching) -> None:
-    assert reaching_the_end(hooks) == reaching and why_no_logits(hooks, ()) is None
+    assert reaching_the_end(hooks) == reaching and why_no_logits(hooks, (), "llama") is None
 
 
 def test_a_hook_beside_the_stream_leaves_no_logits() -> None:
-    assert why_no_logits((OUT[0], IN[1]), ()) == f"{IN[1]} does not write into the residual stream"
+    assert why_no_logits((OUT[0], IN[1]), (), "llama") == f"{IN[1]} does not write into the residual stream"
