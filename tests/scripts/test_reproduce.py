@@ -243,3 +243,18 @@ def test_every_table_of_the_page_stands_between_comments():
     assert not [line for line in outside.splitlines() if line.startswith("|")]
     for name, inside in places:
         assert inside.startswith("| ") or inside.strip() == "not run", name
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("planted", ["all", "20", "10", "5", "3", "5", "5"]),
+        ("hierarchy", ["random", "random", "kmeans", "kmeans"]),
+        ("neurons", ["SNMF of 8 neurons, not trained", "SNMF of 8 neurons", "SNMF of 36 neurons"]),
+    ],
+)
+def test_features_of_few_neurons_are_looked_for_in_planted_rows_and_a_model(part, rows, tmp_path):
+    table = quick("snmf", part, tmp_path)["tables"][f"snmf {part}"]
+    topk = ["TopK, k = 4", "TopK, k = 12"] if part == "neurons" else []
+    assert first_column(table) == rows + topk
