@@ -199,8 +199,11 @@ def _of_run(config: SteerConfig, workspace: Workspace) -> tuple[ModelSpec, str, 
     check_latent(config.latent, int(description["config"]["d_sae"]))
     written_hook = choose_hook(hooks_of(made_from)[1], config.hook)
     store, _, hook = written_hook.rpartition(":")
-    of_store = {other["name"]: other["model"] for other in made_from.get("aligned_stores", [])}
-    trained_on = of_store.get(store, made_from["model"])
+    # A run names aligned stores as it was told to, by a path or a URL perhaps; their hooks have the last part of it.
+    of_store = {
+        Path(other["name"]).name.removesuffix(".zarr"): other["model"] for other in made_from.get("aligned_stores", [])
+    }
+    trained_on = of_store[store] if store else made_from["model"]
     spec = resolve_model(trained_on["name"])
     if trained_on["fingerprint"] not in (None, spec.fingerprint):
         raise UserError(

@@ -17,7 +17,7 @@ from dictlearn.dictionaries.configs import CrosscoderConfig, TopKConfig
 from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.files import save
 from dictlearn.dictionaries.topk import TopK
-from dictlearn.steering.command import SteerConfig, run_steer
+from dictlearn.steering.command import SteerConfig, check, run_steer
 from dictlearn.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,15 @@ def workspace(tiny_llama, tmp_path_factory) -> Workspace:
     add("mid", hook_in="blocks.1.hook_resid_mid", hook_out="blocks.1.hook_resid_mid", model=model)
     both = [RESID, MLP]
     add("both", Crosscoder(CrosscoderConfig(d_sae=8), (24, 24)), hook_in=both, hook_out=both, model=model)
+    tuned = [RESID, f"tuned:{RESID}"]
+    add(
+        "aligned",
+        Crosscoder(CrosscoderConfig(d_sae=8), (24, 24)),
+        hook_in=tuned,
+        hook_out=tuned,
+        model=model | {"name": "another", "fingerprint": "sha256:1"},
+        aligned_stores=[{"name": "elsewhere/tuned.zarr", "fingerprint": "sha256:2", "model": model}],
+    )
     add("changed", hook_in=RESID, hook_out=RESID, model=model | {"fingerprint": "sha256:0"})
     add("silent")
     unfinished = workspace.run("unfinished")
@@ -154,9 +163,18 @@ def test_a_latent_steers_where_it_writes_and_all_is_told(workspace):
     assert run_steer(config(prompt=prompts, samples=2, watch=("return", " x")), workspace) == found
 
 
+def test_a_hook_of_an_aligned_store_is_steered_in_that_store_s_model(workspace, tiny_llama):
+    plan = check(config(run="aligned", hook=f"tuned:{RESID}"), workspace)
+    assert plan.spec.name == str(tiny_llama) and plan.hook == RESID
+    found = run_steer(config(run="aligned", hook=f"tuned:{RESID}", samples=0), workspace)
+    assert found.hook == RESID and all(each.strength.hit for each in found.steered)
+    with pytest.raises(UserError, match="another"):
+        check(config(run="aligned", hook=RESID), workspace)
+
+
 def test_a_difference_of_means_is_that_of_the_lines_tokens_without_bos(workspace, tiny_llama):
     from activation_store.harvest.language_model import load_language_model
-    from dictlearn.steering.command import _direction, check
+    from dictlearn.steering.command import _direction
 
     asked = of_texts(workspace, tiny_llama)
     spec = resolve_model(str(tiny_llama))
