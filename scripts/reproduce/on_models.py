@@ -67,7 +67,7 @@ def measure_bundled(options: Options) -> list[Record]:
     store = harvested(options, [RESIDUAL, NEURONS], 120_000)
     if options.quick:
         return measure(Task(store, 64, rounds=2, features=12, steps=10, tokens=256), options)
-    return measure(Task(store, 512, rounds=8, features=100, steps=400, tokens=1024), options)
+    return measure(Task(store, 512, rounds=8, features=100, steps=200, tokens=1024), options)
 
 
 def measure_stories260k(options: Options) -> list[Record]:
@@ -78,10 +78,10 @@ def measure_stories260k(options: Options) -> list[Record]:
             "There is no stories260K: DICTLEARN_SHARED should name a folder with models/stories260K, a Hugging Face "
             "folder, and data/text/novels, a folder of texts; the bundled model needs nothing (--part bundled)."
         )
-    store = harvested(options, [RESIDUAL, NEURONS], 120_000, model=str(model), corpus=str(text))
+    store = harvested(options, [RESIDUAL, NEURONS], 300_000, model=str(model), corpus=str(text))
     if options.quick:
         return measure(Task(store, 64, rounds=2, features=12, steps=10, tokens=256), options)
-    return measure(Task(store, 256, rounds=4, features=64, steps=400, tokens=2048), options)
+    return measure(Task(store, 256, rounds=4, features=64, steps=200, tokens=2048), options)
 
 
 def measure(task: Task, options: Options) -> list[Record]:

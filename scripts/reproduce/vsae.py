@@ -96,14 +96,14 @@ def beside_topk(record: Record, dictionary: Dictionary, topk: Dictionary, of_top
 
 
 def measure_planted(options: Options) -> list[Record]:
-    steps, rows = (30, 4096) if options.quick else (600, 100_000)
+    steps, rows = (30, 4096) if options.quick else (400, 100_000)
     features, betas = (96, BETAS[:2]) if options.quick else (256, BETAS)
     records = []
     for seed in options.seeds:
         planted = SparseFeatures(seed=seed, features=features)
         name, hook = f"planted-{seed}", next(iter(planted.widths))
         write_store(options.workspace.store(name), planted, rows)
-        runs = grid(plain_run(name, name, hook, seed, features, steps, 5e-3), 5, list(POSTERIORS), betas)
+        runs = grid(plain_run(name, name, hook, seed, features, steps, 5e-3, 256), 5, list(POSTERIORS), betas)
         x = torch.from_numpy(planted.draw(0, 4096, "test").x)
         of_this: list[Record] = []
         trained = train(list(runs.values()), options.workspace, name)
@@ -117,7 +117,7 @@ def measure_planted(options: Options) -> list[Record]:
 
 
 def measure_bundled(options: Options) -> list[Record]:
-    steps, d_sae, tokens, k = (10, 64, 256, 4) if options.quick else (400, 512, 1024, 32)
+    steps, d_sae, tokens, k = (10, 64, 256, 4) if options.quick else (200, 512, 1024, 32)
     posteriors = [name for name in POSTERIORS if name != "σ = 0.3"]
     workspace = options.workspace
     store = harvested(options, [RESIDUAL], 300_000)
