@@ -53,6 +53,8 @@ from dictlearn.workspace import Workspace
 RATE = 3e-3
 RATE_WHERE_HARD = 5e-3
 SHRINKAGE = 0.01
+MNIST_ROWS = 4000
+"""Of its test images, to be labelled."""
 ICFL, TOPK, TOPK_NO_AUXK = "ICFL", "TopK", "TopK without AuxK"
 Config = TrainConfig[Any]
 
@@ -320,13 +322,13 @@ def measure_images(options: Options) -> list[Record]:
 
 
 def measure_mnist(options: Options) -> list[Record]:
-    size = Size(1024, 8, 4, 350)
+    size = Size(1024, 8, 4, 250)
     records = []
     for seed in options.seeds:
         images = k_sparse.mnist(seed)
         x, test_x = (rows.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)).reshape(-1, 196) for rows in
                      (images.x, images.test_x))  # fmt: skip
-        labelled = labelled_images(x, images.y, (test_x, images.test_y), 3, seed)
+        labelled = labelled_images(x, images.y, (test_x[:MNIST_ROWS], images.test_y[:MNIST_ROWS]), 3, seed)
         records += [r for _, r in measure_labelled(f"mnist-{seed}", labelled, size, seed, options.workspace)]
     return records
 
