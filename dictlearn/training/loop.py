@@ -84,7 +84,7 @@ def train(
     shared = runs[0].config
     if processes.leads:
         for run in runs:
-            claim(run)
+            refuse_another(run)
     processes.wait()
     checkpoints = Checkpoints(
         folder,
@@ -102,6 +102,9 @@ def train(
     notify(f"Training with the {using}.")
     first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
     members = [build(run, first, loader, processes) for run in runs]
+    if processes.leads:
+        for run in runs:
+            write_config(run)  # a kind that refuses its first rows leaves no folder
     step = checkpoints.restore(members, loader.load_state_dict, notify)
     position, saved = loader.state_dict(), step
 
@@ -185,22 +188,31 @@ def show(task: Task, runs: Sequence[Run], members: Sequence[Progressed], numbers
     )
 
 
-def claim(run: Run) -> None:
-    """Write the configuration, or refuse a folder that belongs to a run of another configuration."""
-    record, files = config_to_dict(run.config), run.files
-    if files.config.exists():
-        there = config_to_dict(config_from_yaml(files.config))  # what it does not say is as by default
-        differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"The run {files.name!r} exists with another configuration ({key}: {there[key]!r}, "
-                f"now {record[key]!r}); choose another name, or delete the old run."
-            )
+def refuse_another(run: Run) -> None:
+    """Refuse a folder that belongs to a run of another configuration."""
+    files = run.files
+    if not files.config.exists():
         return
+    record = config_to_dict(run.config)
+    there = config_to_dict(config_from_yaml(files.config))  # what it does not say is as by default
+    differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"The run {files.name!r} exists with another configuration ({key}: {there[key]!r}, "
+            f"now {record[key]!r}); choose another name, or delete the old run."
+        )
+
+
+def write_config(run: Run) -> None:
+    """The configuration, where there is none yet: the folder is now this run's."""
+    files = run.files
+    if files.config.exists():
+        return
+    record = config_to_dict(run.config) | ({"sweep": run.sweep} if run.sweep else {})
     files.folder.mkdir(parents=True, exist_ok=True)
     temporary = files.config.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(record | ({"sweep": run.sweep} if run.sweep else {}), sort_keys=False))
+    temporary.write_text(yaml.safe_dump(record, sort_keys=False))
     os.replace(temporary, files.config)
 
 

@@ -17,7 +17,7 @@ import dictlearn
 from activation_store.errors import UserError
 from activation_store.filters import RowFilter
 from activation_store.store import open_store
-from dictlearn.dictionaries.configs import ICFLConfig, KSparseConfig, TopKConfig
+from dictlearn.dictionaries.configs import ICFLConfig, KSparseConfig, SemiNMFConfig, TopKConfig
 from dictlearn.training.command import check, never_dead, run_train
 from dictlearn.training.configs import config_from_yaml
 from dictlearn.training.together import Together
@@ -152,6 +152,7 @@ def test_training_reads_no_held_out_row(workspace, monkeypatch):
         ({"name": "a b"}, "'a b' is no name"),
         ({"target_hook": OUT, "dictionary": ICFLConfig(rounds=2, width=2)}, "kind 'icfl' rebuilds its own input"),
         ({"target_hook": OUT, "dictionary": KSparseConfig(d_sae=8, k=2)}, "kind 'ksparse' rebuilds its own input"),
+        ({"dictionary": SemiNMFConfig(d_sae=8, features="non_negative")}, "Non-negative features rebuild no negative"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_made(workspace, changes, sentence):
