@@ -37,7 +37,7 @@ from reproduction import Options, Record, Table, differences, figure, reproduce,
 from sae_family import named, plain_run
 from torch import Tensor
 
-from activation_store.seeds import numpy_stream
+from activation_store.seeds import numpy_stream, permutation
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
@@ -54,7 +54,7 @@ RATE = 3e-3
 RATE_WHERE_HARD = 5e-3
 SHRINKAGE = 0.01
 MNIST_ROWS = 4000
-"""Of its test images, to be labelled."""
+"""Of its test images, chosen anew for each seed, since the file has digit after digit."""
 ICFL, TOPK, TOPK_NO_AUXK = "ICFL", "TopK", "TopK without AuxK"
 Config = TrainConfig[Any]
 
@@ -328,7 +328,8 @@ def measure_mnist(options: Options) -> list[Record]:
         images = k_sparse.mnist(seed)
         x, test_x = (rows.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)).reshape(-1, 196) for rows in
                      (images.x, images.test_x))  # fmt: skip
-        labelled = labelled_images(x, images.y, (test_x[:MNIST_ROWS], images.test_y[:MNIST_ROWS]), 3, seed)
+        chosen = permutation(len(test_x), seed, "test images with labels")[:MNIST_ROWS]
+        labelled = labelled_images(x, images.y, (test_x[chosen], images.test_y[chosen]), 3, seed)
         records += [r for _, r in measure_labelled(f"mnist-{seed}", labelled, size, seed, options.workspace)]
     return records
 
