@@ -80,7 +80,7 @@ def measure_tree(options: Options) -> list[Record]:
 
 
 def measure_bundled(options: Options) -> list[Record]:
-    steps, d_sae, tokens = (10, 64, 256) if options.quick else (400, 512, 1024)
+    steps, d_sae, tokens = (10, 64, 256) if options.quick else (200, 512, 1024)
     k, ks = (8, KS[:3]) if options.quick else (32, KS)
     workspace = options.workspace
     store = harvested(options, [RESIDUAL], 300_000)
@@ -129,7 +129,7 @@ def overlaps(dictionary: Dictionary, codes: Codes, seed: int) -> Record:
 
 
 def measure_revive(options: Options) -> list[Record]:
-    steps, d_sae = (10, 64) if options.quick else (200, 1024)
+    steps, d_sae = (10, 64) if options.quick else (150, 1024)
     workspace = options.workspace
     store = harvested(options, [RESIDUAL], 300_000)
     records = []

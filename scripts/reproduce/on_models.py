@@ -46,8 +46,6 @@ NEURONS = "blocks.2.mlp.hook_post"
 TOPK, UNTRAINED = "TopK", "TopK after one step"
 PLACES = {0: "on", -1: "after", -2: "two after"}
 EXAMPLES = 4
-INDEXED = 40_000
-"""Rows of the store in which a reader looks."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def measured(dictionary: Dictionary, hook: str, store: Store, task: Task, worksp
 
 def of_a_reader(run: str, workspace: Workspace) -> Record:
     """How many different patterns of one token explain some latent, where they stand, and the best of them."""
-    asked = IndexConfig(run, rows=INDEXED, logits=False, coactive=False)
+    asked = IndexConfig(run, logits=False, coactive=False)
     index = open_index(run_index(asked, workspace))
     explained = [one for one in recognisable(index, index.d_sae, most_density=0.25) if harmonic_mean(one) >= 0.5]
     places = {f"at {offset}": sum(one.offset == offset for one in explained) for offset in PLACES}
