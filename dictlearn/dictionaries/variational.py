@@ -21,8 +21,8 @@ The noise of a row is a function of its raw values, of the step and of a key tha
 (`dictlearn.dictionaries.noise`): equal rows of a batch share it.
 
 What a loss reports of codes and output is without noise, as `encode` and `decode` give it, so that a latent which fires
-by noise alone counts as dead; its "mse" is with noise. "kl" is of a row, and "collapsed" the share of latents whose KL is
-below 0.01 on average over the batch: posteriors that are the prior, from which nothing can be told of the input.
+by noise alone counts as dead; its "mse" is with noise. "kl" is of a row, and "collapsed" the share of latents whose KL
+is below 0.01 on average over the batch: posteriors that are the prior, from which nothing can be told of the input.
 
 Axes: B rows, D input width, O output width, S latents, K active per row, A latents looked at besides.
 """
