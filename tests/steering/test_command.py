@@ -163,6 +163,22 @@ def test_a_latent_steers_where_it_writes_and_all_is_told(workspace):
     assert run_steer(config(prompt=prompts, samples=2, watch=("return", " x")), workspace) == found
 
 
+def test_what_is_written_with_a_strength_is_steered_by_it(workspace, tiny_llama):
+    from activation_store.harvest.language_model import load_language_model
+    from dictlearn.loading import load
+    from dictlearn.steering import Sampling, continuations, of_latent, padded
+
+    spec = resolve_model(str(tiny_llama))
+    model, tokenizer = load_language_model(spec), load_tokenizer(spec)
+    rows = padded([[0, *tokenizer.encode("def first(x):", add_special_tokens=False).ids]])
+    direction = of_latent(load(workspace.run("sae").folder), 3)
+    found = run_steer(config(kl=(0.01,), tokens=12, top_k=0, top_p=1.0), workspace)
+    for steered in found.steered:
+        drawn = continuations(model, rows, Sampling(1, 12, 1.0, 0, 1.0), direction, steered.strength.alpha)
+        assert steered.continuations[0].text == tokenizer.decode(drawn[0, 0].tolist(), skip_special_tokens=False)
+        assert steered.continuations[0].text != found.unsteered[0].text
+
+
 def test_a_hook_of_an_aligned_store_is_steered_in_that_store_s_model(workspace, tiny_llama):
     plan = check(config(run="aligned", hook=f"tuned:{RESID}"), workspace)
     assert plan.spec.name == str(tiny_llama) and plan.hook == RESID

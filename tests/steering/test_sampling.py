@@ -64,6 +64,8 @@ def test_only_the_likeliest_are_drawn_where_that_is_asked():
     assert {drawn(share / 100, top_k=2) for share in range(100)} == {1, 2}
     assert {drawn(share / 100, top_p=0.3) for share in range(100)} == {1}
     assert {drawn(share / 100, top_p=0.6) for share in range(100)} == {1, 2}
+    halves = torch.zeros(1, 2)  # the first reaches 0.5 by itself
+    assert int(draw(halves, replace(FREE, top_p=0.5), torch.tensor([0.99]))) == 0
     # of two, 0.5 and 0.2 are 5/7 and 2/7
     assert drawn(0.71, top_k=2) == 1 and drawn(0.72, top_k=2) == 2
 
