@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 RIDGE = 1e-6
 """Added to the diagonal of each L x L system: two nearly equal atoms in one round would otherwise explode."""
 PRODUCTS = 2**19
-"""Inner products of rows and atoms that each thread of a CPU has at once: 2 MiB of float32, which stay in its cache."""
+"""Inner products of rows and atoms there are at once on a thread: 2 MiB of float32, which stay in its cache."""
+SHARED_PRODUCTS = 2**22
+"""The same of several threads (16 MiB): they wait for each other at every operation, so fewer and larger ones."""
 LEAST_ROWS = 64
 """Of a block, however many atoms there are: the operations of a round have a cost of their own."""
 STRIP = 512
@@ -166,7 +168,7 @@ def pursue(rows_BD: Tensor, W_SD: Tensor, ridge_S: Tensor, rounds: int, width: i
     diagonal_S = W_SD.square().sum(dim=1) + ridge_S
     block = max(1, len(rows_BD))
     if rows_BD.device.type == "cpu":
-        block = max(LEAST_ROWS, torch.get_num_threads() * PRODUCTS // atoms)
+        block = max(LEAST_ROWS, (PRODUCTS if torch.get_num_threads() == 1 else SHARED_PRODUCTS) // atoms)
     found = [_pursue_block(rows_bD, W_SD, gram_SS, diagonal_S, rounds, width) for rows_bD in rows_BD.split(block)]
     values, indices = zip(*found, strict=True)
     return torch.cat(values), torch.cat(indices)

@@ -50,6 +50,7 @@ class TestICFL(DictionaryTests):
         if name:
             monkeypatch.setattr(icfl, name, 1)
         if way == "block by block":
+            monkeypatch.setattr(icfl, "SHARED_PRODUCTS", 1)
             monkeypatch.setattr(icfl, "LEAST_ROWS", 7)
             monkeypatch.setattr(icfl, "STRIP", 3)
         config = ICFLConfig(d_sae=20, rounds=4, width=3, select_by_cosine=by_cosine)
