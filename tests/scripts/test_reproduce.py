@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from page_tables import with_tables
 from reproduction import Table, differences, figure, tabulate
+from reproduction_tables import verdicts
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reproductions.md"
@@ -224,10 +226,22 @@ def test_what_cannot_be_measured_is_one_sentence(asked, sentence, tmp_path, monk
 def test_tables_are_put_between_their_comments_and_nothing_else_changes(tmp_path):
     result, page = tmp_path / "x.json", tmp_path / "page.md"
     result.write_text(json.dumps({"tables": {"x": [["a", "b"], ["1", "2"]]}}))
-    page.write_text("before\n<!-- table: x -->\nold\n<!-- end -->\nafter\n")
+    places = "before\n<!-- table: verdicts -->\n<!-- end -->\n<!-- table: x -->\nold\n<!-- end -->\nafter\n"
+    items = "- **Reproduced on MNIST: it\n  rises.** By much.\n- **Reproduced in part: that too**, said the mole.\n"
+    page.write_text(f"{places}## A k-sparse one\n{items}- **Not so, by the way.**\n- **Not reproduced: this,**\n")
     command = [sys.executable, "scripts/make/reproduction_tables.py", str(page), str(result)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
-    assert page.read_text() == ("before\n<!-- table: x -->\n| a | b |\n| --- | --- |\n| 1 | 2 |\n<!-- end -->\nafter\n")
+    text = page.read_text()
+    assert "<!-- table: x -->\n| a | b |\n| --- | --- |\n| 1 | 2 |\n<!-- end -->\nafter\n" in text
+    found = "| [A k-sparse one](#a-k-sparse-one) | it rises (on MNIST) | that too | this |"
+    assert f"|  | reproduced | partly | not reproduced |\n| --- | --- | --- | --- |\n{found}\n<!-- end -->" in text
+
+
+def test_the_first_table_of_the_page_has_every_verdict_below_it():
+    text = PAGE.read_text()
+    assert with_tables(text, {"verdicts": lambda: verdicts(text)}) == text, (
+        "run scripts/make/reproduction_tables.py docs/reproductions.md"
+    )
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
