@@ -540,7 +540,9 @@ class Manifest:
         if self.complete and self.rows != self.rows_planned:
             raise UserError(f"it is complete with {self.rows} of {self.rows_planned} rows.")
         if self.shards.keys() != {array.path for array in self.arrays}:
-            raise UserError(f"shards is about {', '.join(sorted(self.shards)) or 'nothing'}, not about the arrays.")
+            raise UserError(
+                f"shards is about {', '.join(map(repr, sorted(self.shards))) or 'nothing'}, not about the arrays."
+            )
         for path, sums in self.shards.items():
             if len(sums) != self.committed_shards:
                 raise UserError(
@@ -550,7 +552,7 @@ class Manifest:
         needed, possible = self._keys_written_once()
         if not needed <= self.files.keys() <= possible:
             odd = min((needed - self.files.keys()) or (self.files.keys() - possible))
-            raise UserError(f"files {'lacks' if odd in needed else 'has'} {odd}.")
+            raise UserError(f"files {'lacks' if odd in needed else 'has'} {odd!r}.")
 
     def _keys_written_once(self) -> tuple[set[str], set[str]]:
         """The keys that `files` must have, and those it may have: ids that are all empty have no chunk."""
