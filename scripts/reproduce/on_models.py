@@ -16,17 +16,25 @@ Every seed has other initial weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reproduction import Options, Record, Table, downstream, harvested, held_out, reproduce, tabulate, train
+from reproduction import (
+    Options,
+    Record,
+    Table,
+    downstream,
+    harvested,
+    harvested_stories260k,
+    held_out,
+    reproduce,
+    tabulate,
+    train,
+)
 from sae_family import RESIDUAL, Config, named, plain_run
 
-from activation_store.errors import UserError
 from activation_store.store import Store, open_store
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.configs import (
@@ -69,14 +77,7 @@ def measure_bundled(options: Options) -> list[Record]:
 
 
 def measure_stories260k(options: Options) -> list[Record]:
-    shared = Path(os.environ.get("DICTLEARN_SHARED", ""))
-    model, text = shared / "models" / "stories260K", shared / "data" / "text" / "novels"
-    if not (model.is_dir() and text.is_dir()):
-        raise UserError(
-            "There is no stories260K: DICTLEARN_SHARED should name a folder with models/stories260K, a Hugging Face "
-            "folder, and data/text/novels, a folder of texts; the bundled model needs nothing (--part bundled)."
-        )
-    store = harvested(options, [RESIDUAL, NEURONS], 300_000, model=str(model), corpus=str(text))
+    store = harvested_stories260k(options, [RESIDUAL, NEURONS])
     if options.quick:
         return measure(Task(store, 64, rounds=2, features=12, steps=10, tokens=256), options)
     return measure(Task(store, 256, rounds=4, features=64, steps=200, tokens=2048), options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -187,6 +188,19 @@ def harvested(options: Options, hooks: Sequence[str], tokens: int, name: str = "
     store = options.workspace.store(name)
     harvest(HarvestConfig(hooks=tuple(hooks), store=store, tokens=tokens, **asked), TerminalProgress())
     return name
+
+
+def harvested_stories260k(options: Options, hooks: Sequence[str]) -> str:
+    """The name of a store of stories260K's activations over English novels. Raises UserError where it is not there."""
+    shared = Path(os.environ.get("DICTLEARN_SHARED", ""))
+    model, text = shared / "models" / "stories260K", shared / "data" / "text" / "novels"
+    if not (model.is_dir() and text.is_dir()):
+        raise UserError(
+            "There is no stories260K: DICTLEARN_SHARED should name a folder with models/stories260K, a Hugging Face "
+            "folder, and data/text/novels, a folder of texts; the bundled model needs nothing (--part bundled)."
+        )
+    corpus = {} if options.quick else {"corpus": str(text)}  # of novels a quick run would have not a single whole one
+    return harvested(options, hooks, 300_000, model=str(model), **corpus)
 
 
 def write_pieces(folder: Path, documents: Sequence[Document], change: Callable[[str], str] = str) -> None:

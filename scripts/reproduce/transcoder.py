@@ -16,10 +16,8 @@ All dictionaries of a model see the same rows in the same order, and are evaluat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from reproduction import (
     downstream,
     figure,
     harvested,
+    harvested_stories260k,
     held_out,
     reproduce,
     tabulate,
@@ -38,7 +37,6 @@ from reproduction import (
 )
 from torch import Tensor
 
-from activation_store.errors import UserError
 from activation_store.store import Store, open_store
 from dictlearn.dictionaries.configs import SkipConfig, TopKConfig
 from dictlearn.metrics.reconstruction import measure_reconstruction
@@ -70,14 +68,7 @@ def measure_bundled(options: Options) -> list[Record]:
 
 
 def measure_stories260k(options: Options) -> list[Record]:
-    shared = Path(os.environ.get("DICTLEARN_SHARED", ""))
-    model, text = shared / "models" / "stories260K", shared / "data" / "text" / "novels"
-    if not (model.is_dir() and text.is_dir()):
-        raise UserError(
-            "There is no stories260K: DICTLEARN_SHARED should name a folder with models/stories260K, a Hugging Face "
-            "folder, and data/text/novels, a folder of texts; the bundled model needs nothing (--part bundled)."
-        )
-    store = harvested(options, [INPUT, OUTPUT], 300_000, model=str(model), corpus=str(text))
+    store = harvested_stories260k(options, [INPUT, OUTPUT])
     if options.quick:
         return measure(Task(store, 64, (4,), steps=10, tokens=256), options)
     return measure(Task(store, 256, (8, 16), steps=500, tokens=2048), options)
