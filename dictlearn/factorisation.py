@@ -38,7 +38,24 @@ from dictlearn.dictionaries.semi_nmf import factorise, non_negative_codes, rando
 STARTS = ("random", "kmeans", "svd")
 
 
-class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class _Factorisation(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """What scikit-learn asks of both."""
+
+    features: str
+    components_: np.ndarray
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.positive_only = self.features == "non_negative"
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+class SemiNMF(_Factorisation):
     """X ~ codes @ components_, with codes >= 0 and few neurons in each component.
 
     Args:
@@ -176,18 +193,8 @@ class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         gram_SS = torch.tensor(components_SD @ components_SD.T)
         return non_negative_codes(products_NS, gram_SS, self.sweeps, self.tolerance).numpy()
 
-    @property
-    def _n_features_out(self) -> int:
-        return len(self.components_)
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.positive_only = self.features == "non_negative"
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        return tags
-
-
-class HierarchicalSemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class HierarchicalSemiNMF(_Factorisation):
     """Features of features: X ~ G_0 F_0, F_0 ~ G_1 F_1, ..., every G >= 0; row c of G_1 says what child c is made of.
 
     The factors are found level by level. Then Adam fits X ~ G_0 G_1 ... F_last with all of them at once, as in the
@@ -294,16 +301,6 @@ class HierarchicalSemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Bas
             )
         shared = {name: value for name, value in self.get_params().items() if name in SemiNMF().get_params()}
         return [SemiNMF(rank, **shared | {"winners": share}) for rank, share in zip(ranks, winners, strict=True)]
-
-    @property
-    def _n_features_out(self) -> int:
-        return len(self.components_)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.positive_only = self.features == "non_negative"
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        return tags
 
 
 def _error(X: np.ndarray, coefficients: list[np.ndarray], features: np.ndarray) -> float:
