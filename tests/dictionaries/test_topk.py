@@ -17,7 +17,7 @@ from dictlearn.dictionaries.base import Dictionary, Update, Width
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.start import geometric_median
 from dictlearn.dictionaries.topk import TopK
-from tests.dictionaries.two_matrices import SCALINGS, TwoMatricesTests, scaled_slowly
+from tests.dictionaries.two_matrices import SCALINGS, TwoMatricesTests, scaled_slowly, topk_loss_slowly
 
 
 class TestTopK(TwoMatricesTests):
@@ -38,27 +38,12 @@ class TestTopK(TwoMatricesTests):
         return {name: partial(self.make, **numbers) for name, numbers in versions.items()}
 
     def reference_loss(self, dictionary: TopK, x: Tensor, target: Tensor | None) -> Tensor:
-        """Gao et al. 2024, equations of section 2.3 and appendix A, dense."""
-        p, config = dict(dictionary.named_parameters()), dictionary.config
+        p = dict(dictionary.named_parameters())
         x, y = scaled_slowly(dictionary, x, target)
         centred = x - p["b_dec"] if dictionary.subtracts_b_dec else x
         pre = centred @ p["W_enc"].T + p["b_enc"]
 
-        def decoded(k: int, among: Tensor) -> Tensor:
-            kept = torch.zeros_like(pre).scatter(1, among.topk(k, dim=1).indices, 1.0)
-            return (pre.relu() * kept) @ p["W_dec"]
-
-        output = decoded(config.k, pre) + p["b_dec"]
-        total = (y - output).square().mean()
-        if config.multi_topk_weight:
-            wide = decoded(min(4 * config.k, 24), pre) + p["b_dec"]
-            total = total + config.multi_topk_weight * (y - wide).square().mean()
-        dead = dictionary.rows_since_fired > 1000
-        if dead.any():
-            error = (y - output).detach()
-            miss = error - decoded(min(6, int(dead.sum())), pre.masked_fill(~dead, -torch.inf))
-            total = total + (1 / 32) * miss.square().sum() / error.square().sum()
-        return total
+        return topk_loss_slowly(dictionary, pre, y)
 
     def test_exactly_k_slots_and_no_negative_values(self):
         codes = self.trained(False).encode(self.data(False)[0])

@@ -19,7 +19,7 @@ from dictlearn.dictionaries.configs import TopKConfig, VariationalConfig
 from dictlearn.dictionaries.noise import row_noise
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.dictionaries.variational import Variational
-from tests.dictionaries.two_matrices import TwoMatricesTests, scaled_slowly
+from tests.dictionaries.two_matrices import TwoMatricesTests, scaled_slowly, topk_loss_slowly
 
 SIGMA = 0.3
 
@@ -46,7 +46,7 @@ class TestVariational(TwoMatricesTests):
         return {name: partial(self.make, **numbers) for name, numbers in versions.items()}
 
     def reference_loss(self, dictionary: Variational, x: Tensor, target: Tensor | None) -> Tensor:
-        """The formulas at the top of the file, dense; AuxK as in Gao et al. 2024, appendix A, of sampled latents."""
+        """The formulas at the top of the file, dense, around TopK's loss of sampled latents."""
         p, config = dict(dictionary.named_parameters()), dictionary.config
         u, y = scaled_slowly(dictionary, x, target)
         centred = u - p["b_dec"] if dictionary.subtracts_b_dec else u
@@ -58,20 +58,7 @@ class TestVariational(TwoMatricesTests):
         }[config.variance]()
         pre = mean + variance.sqrt() * row_noise(x, 24, dictionary.noise_key, dictionary.step).to(mean)
 
-        def decoded(k: int, among: Tensor) -> Tensor:
-            kept = torch.zeros_like(pre).scatter(1, among.topk(k, dim=1).indices, 1.0)
-            return (pre.relu() * kept) @ p["W_dec"]
-
-        output = decoded(config.k, pre) + p["b_dec"]
-        total = (y - output).square().mean()
-        if config.multi_topk_weight:
-            wide = decoded(min(4 * config.k, 24), pre) + p["b_dec"]
-            total = total + config.multi_topk_weight * (y - wide).square().mean()
-        dead = dictionary.rows_since_fired > 1000
-        if dead.any():
-            error = (y - output).detach()
-            miss = error - decoded(min(6, int(dead.sum())), pre.masked_fill(~dead, -torch.inf))
-            total = total + (1 / 32) * miss.square().sum() / error.square().sum()
+        total = topk_loss_slowly(dictionary, pre, y)
         share = dictionary.step / 5 if config.kl_warm_up_share == 1 else 1.0  # of the five steps of `trained`
         if config.variance == "learned":
             prior = Normal(torch.zeros_like(mean), torch.ones_like(mean))

@@ -30,6 +30,27 @@ def scaled_slowly(dictionary: Dictionary, x: Tensor, target: Tensor | None) -> t
     return u, u if target is None else target if name == "none" else target / of_target.scale
 
 
+def topk_loss_slowly(dictionary: Dictionary, pre: Tensor, y: Tensor) -> Tensor:
+    """Of pre-activations (B, S): Gao et al. 2024, equations of section 2.3 and appendix A, dense."""
+    p, config = dict(dictionary.named_parameters()), dictionary.config
+
+    def decoded(k: int, among: Tensor) -> Tensor:
+        kept = torch.zeros_like(pre).scatter(1, among.topk(k, dim=1).indices, 1.0)
+        return (pre.relu() * kept) @ p["W_dec"]
+
+    output = decoded(config.k, pre) + p["b_dec"]
+    total = (y - output).square().mean()
+    if config.multi_topk_weight:
+        wide = decoded(min(4 * config.k, LATENTS), pre) + p["b_dec"]
+        total = total + config.multi_topk_weight * (y - wide).square().mean()
+    dead = dictionary.rows_since_fired > 1000
+    if dead.any():
+        error = (y - output).detach()
+        miss = error - decoded(min(6, int(dead.sum())), pre.masked_fill(~dead, -torch.inf))
+        total = total + (1 / 32) * miss.square().sum() / error.square().sum()
+    return total
+
+
 class TwoMatricesTests(DictionaryTests):
     """Dictionaries of 24 latents."""
 
