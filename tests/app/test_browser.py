@@ -337,6 +337,15 @@ def test_curves_grow_while_a_run_trains_and_a_deep_link_is_first(tab: Any, own: 
         tab.goto("about:blank")
 
 
+def settled(tab: Any, locator: Any) -> dict[str, float]:
+    """The box of an element that has stopped moving: what slides away from under a pointer is no longer pointed at."""
+    before, box = None, locator.bounding_box()
+    while box != before:
+        tab.wait_for_timeout(300)
+        before, box = box, locator.bounding_box()
+    return box
+
+
 def test_of_many_runs_the_pointer_picks_the_nearest(tab: Any, own: Path, tmp_path: Path) -> None:
     lines = (own / "runs" / "sae" / "metrics.jsonl").read_text().splitlines()
     for seed in range(9):
@@ -350,7 +359,7 @@ def test_of_many_runs_the_pointer_picks_the_nearest(tab: Any, own: Path, tmp_pat
         expect(tab.locator(".legend .name")).to_have_text([str(seed) for seed in range(9)])
         panel = tab.locator("figure", has_text="L0")
         for share, seed in ((0.05, 8), (0.95, 0)):
-            box = panel.locator(".target").bounding_box()
+            box = settled(tab, panel.locator(".target"))
             tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * share)
             expect(panel.locator(".readout span")).to_have_text([str(10 + seed)])
             expect(tab.locator(".legend .picked .name")).to_have_text([str(seed)])
