@@ -1,0 +1,214 @@
+"""Triton kernels that find the k largest pre-activations of each row, exactly, and read them once.
+
+Two stages, as the k groups with the largest maxima hold the k largest elements: if an element stands in another group,
+each of those k groups has one that comes before it.
+
+1. The largest of every 64 consecutive pre-activations, `group_maxima`, one pass at the speed of memory; or out of the
+   encoder's product itself, `product_with_maxima`.
+2. `select`: the k groups of a row by their maxima, then the k largest of those groups' 64 k elements. What this reads
+   is small: at 65536 latents and k = 64 one part in sixteen.
+
+The k-th largest is found bit by bit on integers that sort as the floats do: as many counts over registers as a number
+has bits. Nothing is sorted, nothing depends on the data but values, and the same input gives the same bits.
+
+Everything is ordered as torch.topk orders it: NaN is the largest, -0 is 0. What ties is taken from the left.
+
+Axes: B rows, S latents, G groups of a row, K selected per row, A elements of a row of `keep_topk`, N elements of a row
+or of its groups rounded up to a power of 2.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (what a kernel is given has no type in Python)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dictlearn.ops.reference import Rule
+
+GROUP = 64
+"""Latents that share a maximum. Twice as many halve what stage 1 writes and double what stage 2 reads."""
+
+LARGEST_ROW = 32768
+"""Elements that one program holds in its registers: 64 a thread with 16 warps. Half as many of float64."""
+
+GROUPS_PER_PROGRAM = tl.constexpr(64)
+_GROUP = tl.constexpr(GROUP)
+
+
+def fits(width: int, dtype: torch.dtype) -> bool:
+    """Whether `keep_topk` may be called on rows of ``width`` elements: they must fit into one program's registers."""
+    return triton.next_power_of_2(width) <= LARGEST_ROW // (2 if dtype == torch.float64 else 1)
+
+
+def selects(latents: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether `select` may be called for the k largest of ``latents``: k groups must fit, and all groups' maxima."""
+    groups = number_of_groups(latents)
+    return fits(groups, dtype) and fits(GROUP * triton.next_power_of_2(min(k, groups)), dtype)
+
+
+def number_of_groups(latents: int) -> int:
+    return triton.cdiv(latents, GROUP)
+
+
+def group_maxima(pre_BS: Tensor, rule: Rule) -> Tensor:
+    """(B, G): the largest of each `GROUP` consecutive elements of each row, by magnitude if that is the rule."""
+    B, S = pre_BS.shape
+    maxima_BG = pre_BS.new_empty(B, number_of_groups(S))
+    chunks = triton.cdiv(maxima_BG.shape[1], GROUPS_PER_PROGRAM.value)
+    _group_maxima[(B * chunks,)](pre_BS, maxima_BG, S, maxima_BG.shape[1], chunks, rule == "magnitude", num_warps=4)
+    return maxima_BG
+
+
+def select(pre_BS: Tensor, maxima_BG: Tensor, k: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """What the rule makes of the k largest of each row, (B, K), and their places, (B, K) int64, from left to right.
+
+    Exact, given the `group_maxima` of the same rule. Call it where `selects` says so, with 1 <= k <= S.
+    """
+    (B, S), G = pre_BS.shape, maxima_BG.shape[1]
+    chosen = min(k, G)
+    groups_BK = torch.empty(B, chosen, dtype=torch.int32, device=pre_BS.device)
+    N = triton.next_power_of_2(G)
+    _choose_groups[(B,)](maxima_BG, groups_BK, G, chosen, N, num_warps=_warps(N))
+    values_BK = pre_BS.new_empty(B, k)
+    indices_BK = torch.empty(B, k, dtype=torch.int64, device=pre_BS.device)
+    slots = triton.next_power_of_2(chosen)
+    _select_elements[(B,)](
+        pre_BS, groups_BK, values_BK, indices_BK, S, chosen, k, rule, slots, num_warps=_warps(slots * GROUP)
+    )
+    return values_BK, indices_BK
+
+
+def keep_topk(pre_BA: Tensor, k: int, rule: Rule) -> Tensor:
+    """(B, A): what the rule makes of the k largest of each row, 0 in other places. Call it where `fits` says so."""
+    B, A = pre_BA.shape
+    kept_BA = torch.empty_like(pre_BA)
+    N = triton.next_power_of_2(A)
+    _keep_topk[(B,)](pre_BA, kept_BA, A, min(k, A), rule, N, num_warps=_warps(N))
+    return kept_BA
+
+
+def _warps(elements: int) -> int:
+    """32 elements a thread; beyond 16384, 64, since more than 16 warps would have too few registers each."""
+    return min(max(elements // 1024, 1), 16)
+
+
+# --- order on integers ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _keys(x, BY_MAGNITUDE: tl.constexpr):
+    """Integers that sort as x does, of the same number of bits: the magnitude's bits, negated where x is negative."""
+    BITS: tl.constexpr = x.dtype.primitive_bitwidth
+    GREATEST: tl.constexpr = (1 << (BITS - 1)) - 1
+    MANTISSA: tl.constexpr = 7 if BITS == 16 else 23 if BITS == 32 else 52
+    INFINITY: tl.constexpr = GREATEST >> MANTISSA << MANTISSA
+    if BITS == 64:
+        bits = x.to(tl.int64, bitcast=True)
+    elif BITS == 32:
+        bits = x.to(tl.int32, bitcast=True)
+    else:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    magnitude = bits & GREATEST
+    keys = magnitude if BY_MAGNITUDE else tl.where(bits < 0, -magnitude, magnitude)
+    return tl.where(magnitude > INFINITY, GREATEST, keys)
+
+
+@triton.jit
+def _numbers(keys, dtype: tl.constexpr):
+    """What `_keys` was made from, 0 for either zero and one NaN for all."""
+    BITS: tl.constexpr = dtype.primitive_bitwidth
+    bits = tl.where(keys < 0, -(1 << (BITS - 1)) - keys, keys)
+    return (bits.to(tl.int16) if BITS == 16 else bits).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _largest(keys_N, k, BITS: tl.constexpr):
+    """Which are the k largest, the left ones of those that tie, and each one's place among them from left to right."""
+    threshold = _kth_largest(keys_N, k, BITS)
+    above_N = (keys_N > threshold).to(tl.int32)
+    equal_N = (keys_N == threshold).to(tl.int32)
+    needed = k - tl.sum(above_N)
+    # both counts in one scan: rows have fewer than 2^16 elements
+    counts_N = above_N + (equal_N << 16)
+    before_N = tl.cumsum(counts_N, 0) - counts_N
+    equal_before_N = before_N >> 16
+    chosen_N = (above_N | (equal_N & (equal_before_N < needed).to(tl.int32))) != 0
+    return chosen_N, (before_N & 0xFFFF) + tl.minimum(equal_before_N, needed)
+
+
+@triton.jit
+def _kth_largest(keys_N, k, BITS: tl.constexpr):
+    """The largest integer that at least k of the keys reach, from its highest bit to its lowest."""
+    zero = tl.zeros([], keys_N.dtype)
+    threshold = tl.where(tl.sum((keys_N >= 0).to(tl.int32)) >= k, zero, zero + -(1 << (BITS - 1)))
+    for bit in range(BITS - 1):
+        higher = threshold + ((zero + 1) << (BITS - 2 - bit))
+        threshold = tl.where(tl.sum((keys_N >= higher).to(tl.int32)) >= k, higher, threshold)
+    return threshold
+
+
+@triton.jit
+def _by_rule(x, keys, RULE: tl.constexpr):
+    return tl.where(keys > 0, x, tl.zeros_like(x)) if RULE == "relu" else x
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _group_maxima(pre, maxima, S, G, chunks, BY_MAGNITUDE: tl.constexpr):
+    BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    group_g = tl.program_id(0) % chunks * GROUPS_PER_PROGRAM + tl.arange(0, GROUPS_PER_PROGRAM)
+    column_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    pre_gN = tl.load(pre + row * S + column_gN, mask=column_gN < S, other=0.0)
+    key_g = tl.max(tl.where(column_gN < S, _keys(pre_gN, BY_MAGNITUDE), -(1 << (BITS - 1))), 1)
+    tl.store(maxima + row * G + group_g, _numbers(key_g, pre.dtype.element_ty), mask=group_g < G)
+
+
+@triton.jit
+def _choose_groups(maxima, groups, G, k, N: tl.constexpr):
+    BITS: tl.constexpr = maxima.dtype.element_ty.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    group_N = tl.arange(0, N)
+    maxima_N = tl.load(maxima + row * G + group_N, mask=group_N < G, other=0.0)
+    # below every key of a float, -inf's included
+    keys_N = tl.where(group_N < G, _keys(maxima_N, False), -(1 << (BITS - 1)))
+    chosen_N, slot_N = _largest(keys_N, k, BITS)
+    tl.store(groups + row * k + slot_N, group_N, mask=chosen_N)
+
+
+@triton.jit
+def _select_elements(pre, groups, values, indices, S, number_of_groups, k, RULE: tl.constexpr, GROUPS: tl.constexpr):
+    BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    slot_g = tl.arange(0, GROUPS)
+    group_g = tl.load(groups + row * number_of_groups + slot_g, mask=slot_g < number_of_groups, other=0)
+    column_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    there_gN = (slot_g < number_of_groups)[:, None] & (column_gN < S)
+    pre_gN = tl.load(pre + row * S + column_gN, mask=there_gN, other=0.0)
+    keys_gN = tl.where(there_gN, _keys(pre_gN, RULE == "magnitude"), -(1 << (BITS - 1)))
+    keys_N = tl.reshape(keys_gN, [GROUPS * _GROUP])
+    chosen_N, slot_N = _largest(keys_N, k, BITS)
+    place_N = row * k + slot_N
+    tl.store(values + place_N, _by_rule(tl.reshape(pre_gN, keys_N.shape), keys_N, RULE), mask=chosen_N)
+    tl.store(indices + place_N, tl.reshape(column_gN, keys_N.shape).to(tl.int64), mask=chosen_N)
+
+
+@triton.jit
+def _keep_topk(pre, kept, A, k, RULE: tl.constexpr, N: tl.constexpr):
+    BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    column_N = tl.arange(0, N)
+    pre_N = tl.load(pre + row * A + column_N, mask=column_N < A, other=0.0)
+    keys_N = tl.where(column_N < A, _keys(pre_N, RULE == "magnitude"), -(1 << (BITS - 1)))
+    chosen_N, _ = _largest(keys_N, k, BITS)
+    tl.store(
+        kept + row * A + column_N,
+        tl.where(chosen_N, _by_rule(pre_N, keys_N, RULE), tl.zeros_like(pre_N)),
+        mask=column_N < A,
+    )
