@@ -87,6 +87,9 @@ class ActivationSource(Protocol):
     def last_rows(self) -> np.ndarray:
         """Numbers of the rows delivered last, int64 (n,)."""
 
+    def rows_before(self, state: dict[str, Any], ago: int = 0) -> np.ndarray:
+        """Numbers of the rows that were delivered last at a position, or so many batches before."""
+
     def mixing(self, batches: int = 8) -> Mixing:
         """How well batches are mixed."""
 
@@ -248,7 +251,15 @@ class BatchSource(ABC):
 
     def last_rows(self) -> np.ndarray:
         """Numbers of the rows delivered last, in their order."""
-        return self._own_part(self.epoch(self._epoch).batch(self._batch - 1))
+        return self.rows_before(self.state_dict())
+
+    def rows_before(self, state: dict[str, Any], ago: int = 0) -> np.ndarray:
+        """Numbers of the rows of the batch delivered last when ``state`` was taken, or of one so many before it."""
+        epoch, batch = int(state["epoch"]), int(state["batch"]) - 1 - ago
+        while batch < 0:
+            epoch -= 1
+            batch += self.epoch(epoch).batches
+        return self._own_part(self.epoch(epoch).batch(batch))
 
     def _own_part(self, rows: np.ndarray) -> np.ndarray:
         part, parts = self.part_of_batch

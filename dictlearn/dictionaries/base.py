@@ -54,6 +54,8 @@ class Update:
         x: (B, D) the raw activations of the batch.
         target: (B, O) its raw targets, or None for an autoencoder.
         loss: what the batch cost before the step.
+        finite: () bool, on the device, where the host runs ahead: false where the step, or one that it has not asked
+            about, was not finite and was left out. What waits for the device anyway looks at it first.
     """
 
     optimiser: Remembers
@@ -63,6 +65,7 @@ class Update:
     x: Tensor
     target: Tensor | None
     loss: Loss
+    finite: Tensor | None = None
 
 
 class Remembers(Protocol):
@@ -166,7 +169,7 @@ class Dictionary(nn.Module):
     def constrain(self) -> None:
         """Restore what an update, or an average of weights, may have broken, such as the norm of decoder rows."""
 
-    def after_update(self, update: Update) -> dict[str, float]:
+    def after_update(self, update: Update) -> Mapping[str, float | Tensor]:
         """Called after the optimiser's step: reset or resample latents. Returns numbers worth logging."""
         self.constrain()
         return {}
@@ -184,11 +187,11 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:
         """Count which latents fired in a batch, in rows."""
-        places = torch.where(codes.active(), codes.indices, self.d_sae)  # empty slots all go to one past the last
+        places = codes.indices.masked_fill(~codes.active(), self.d_sae)  # empty slots all go to one past the last
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=places.device)
         fired = fired.scatter_(0, places.flatten(), True)[:-1]
         self.rows_since_fired += ops.ranks().total_rows(len(codes))
-        self.rows_since_fired[ops.ranks().anywhere_in_batch(fired)] = 0
+        self.rows_since_fired.masked_fill_(ops.ranks().anywhere_in_batch(fired), 0)
 
     def described(self) -> dict[str, Any]:
         """Kind, widths and config as plain values: what a file needs to build it again."""

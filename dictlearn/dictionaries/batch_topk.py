@@ -20,6 +20,7 @@ Axes: B rows, D input width, S latents, C candidates per row, K slots that the b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -57,13 +58,13 @@ class BatchTopK(TopK):
             self.threshold.copy_(least)
 
     @torch.no_grad()
-    def after_update(self, update: Update) -> dict[str, float]:
+    def after_update(self, update: Update) -> Mapping[str, float | Tensor]:
         """As TopK's; and the threshold moves towards the least value that was selected in the batch."""
         said = super().after_update(update)
-        least = ops.least_over_rows(_least_active(update.loss.codes.values))
-        if torch.isfinite(least):
-            self.threshold.lerp_(least.to(self.threshold), self.config.threshold_rate)
-        return said | {"threshold": float(self.threshold)}
+        least = ops.least_over_rows(_least_active(update.loss.codes.values)).to(self.threshold)
+        least = torch.where(torch.isfinite(least), least, self.threshold)
+        self.threshold.lerp_(least, self.config.threshold_rate)
+        return {**said, "threshold": self.threshold.clone()}
 
     def multiply_codes(self, factor: float) -> None:
         super().multiply_codes(factor)
@@ -101,7 +102,7 @@ class BatchTopK(TopK):
 
 def _least_active(values_BK: Tensor) -> Tensor:
     """The least positive value; infinite where there is none."""
-    return torch.where(values_BK > 0, values_BK, torch.inf).amin()
+    return values_BK.masked_fill(~(values_BK > 0), torch.inf).amin()
 
 
 def in_few_slots(values_BC: Tensor, indices_BC: Tensor, also_BA: Tensor | None = None) -> TopKCodes:

@@ -12,6 +12,7 @@ Axes: B rows, D input width, O output width, S latents, A dead latents.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -143,11 +144,13 @@ class TwoMatrices(Dictionary):
         restore_norms(self.W_dec)
 
     @torch.no_grad()
-    def after_update(self, update: Update) -> dict[str, float]:
+    def after_update(self, update: Update) -> Mapping[str, float | Tensor]:
         """Unit decoder rows again; every ``resample_every`` steps dead latents are redrawn."""
         self.constrain()
         every, taken = self.config.resample_every, update.step + 1
         if every == 0 or taken % every or taken > REDRAWN_SHARE * update.steps:
+            return {}
+        if update.finite is not None and not update.finite:
             return {}
         return {"resampled": float(self._redraw(update))}
 

@@ -47,6 +47,8 @@ __all__ = [
     "mean_over_rows",
     "one_process",
     "ranks",
+    "run_ahead",
+    "runs_ahead",
     "set_backend",
     "total_over_latents",
     "use_ranks",
@@ -72,6 +74,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {"portable": portable, "reference": reference}
 _forced: str | None = None
 _ranks: Ranks = Ranks()
+_ahead: bool | None = None
 
 
 def set_backend(name: str) -> None:
@@ -91,6 +94,20 @@ def use_ranks(ranks: Ranks | None) -> None:
     """Put every following call over the processes of ``ranks``; None takes it back."""
     global _ranks
     _ranks = ranks or Ranks()
+
+
+def run_ahead(forced: bool | None) -> None:
+    """Whether steps wait for their device, whichever it is; None lets the device decide again."""
+    global _ahead
+    _ahead = forced
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host goes on while the device computes (see `dictlearn.ops.ahead`): on a GPU, on one process.
+
+    A CPU has nothing to wait for. Processes have to agree on every branch, so they wait for each other anyway.
+    """
+    return not _ranks.several and (device.type == "cuda" if _ahead is None else _ahead)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ Axes: B rows, D input width, S latents on this rank, K slots, A latents looked a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from dictlearn.ops.reference import Rule
 
 class Ranks:
     """All rows and all latents are here, on one process. `ProcessMesh` spreads them."""
+
+    several: ClassVar[bool] = False
+    """Whether there are other processes, which have to take the same branches."""
 
     def shared(self, tensor: Tensor) -> Tensor:
         """A tensor that is the same on all ranks that share the latents: its gradient is the sum of theirs."""
@@ -74,6 +77,8 @@ class ProcessMesh(Ranks):
 
     Every rank must make the same calls in the same order.
     """
+
+    several = True
 
     def __init__(self, data: dist.ProcessGroup, latents: dist.ProcessGroup) -> None:
         self.data = data

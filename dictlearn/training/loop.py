@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -132,25 +133,29 @@ def train(
                     step += 1
                     position = loader.state_dict()
                     found = dict(zip(going, results, strict=True))
-                    lines = stopped_members(runs, members, found, step, loader, notify)
-                    if step % shared.log_every == 0 or step == steps:
+                    logs = step % shared.log_every == 0 or step == steps
+                    saves = step % shared.checkpoint_every == 0 and step < steps
+                    if logs or saves:
+                        found |= not_finite_until_now(members)
+                    lines = stopped_members(runs, members, found, step, position, loader, notify)
+                    if logs:
                         wall = time.perf_counter() - started
                         rate = (step - first_step) * shared.batch_size / max(wall, 1e-9)
                         numbers = measured(runs, members, found, rows, step)
                         show(task, runs, members, numbers)
                         walls = {"wall_seconds": wall, "wall_tokens_per_second": rate}
                         lines |= {number: line | walls for number, line in numbers.items()}
-                    for number, line in lines.items():
-                        if records:
-                            records[number].write(line)
+                    write(records, lines)
                     task.advance(shared.batch_size)
-                    if step % shared.checkpoint_every == 0 and step < steps:
+                    if saves:
                         checkpoints.save(step, position, members)
                         saved = step
                 if processes.any(interruption.asked):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             if saved < step < steps:
+                found = not_finite_until_now(members)
+                write(records, stopped_members(runs, members, found, step, position, loader, notify))
                 checkpoints.save(step, position, members)
             raise TrainingInterrupted(
                 f"Interrupted after step {step:,} of {steps:,}, of which there is a checkpoint; the same command "
@@ -311,36 +316,60 @@ def open_record_of(run: Run, step: int) -> Record:
     )
 
 
+def write(records: Sequence[Record], lines: Mapping[int, dict[str, Any]]) -> None:
+    """Lines of metrics.jsonl; only one of several processes has records."""
+    for number, line in lines.items():
+        if records:
+            records[number].write(line)
+
+
+def not_finite_until_now(members: Sequence[Progressed]) -> dict[int, Step | NotFinite]:
+    """Of the members that go on, those with a step that was not finite among those that the host ran ahead of."""
+    found: dict[int, Step | NotFinite] = {}
+    for number, one in enumerate(members):
+        try:
+            one.member.unread.settle()
+        except NotFinite as result:
+            found[number] = result
+    return found
+
+
 def stopped_members(
     runs: Sequence[Run],
     members: Sequence[Progressed],
     found: Mapping[int, Step | NotFinite],
     step: int,
+    position: dict[str, Any],
     loader: ActivationSource,
     notify: Callable[[str], None],
 ) -> dict[int, dict[str, Any]]:
-    """Stop the members whose step found a number that is not finite; returns the last line of each one's metrics."""
+    """Stop the members of which a step was not finite; returns the last line of each one's metrics.
+
+    Args:
+        step: how many have been taken.
+        position: of the loader after the last of them.
+    """
     lines = {}
     for number, result in found.items():
         if isinstance(result, NotFinite):
-            why = not_finite(runs[number], result, step - 1, loader)
-            members[number].stop(why, step - 1)
-            lines[number] = {"step": step, "stopped": why}
+            why = not_finite(runs[number], result, loader.rows_before(position, step - 1 - result.step))
+            members[number].stop(why, result.step)
+            lines[number] = {"step": result.step + 1, "stopped": why}
             if len(runs) > 1:
                 notify(why)
     return lines
 
 
-def not_finite(run: Run, found: NotFinite, step: int, loader: ActivationSource) -> str:
-    """The sentence about a member that stops in step number ``step``, which updated nothing."""
+def not_finite(run: Run, found: NotFinite, batch: np.ndarray) -> str:
+    """The sentence about a member that stops in a step that updated nothing, on a batch of these rows of the store."""
     where = ""
     if len(found.rows):
-        rows = loader.last_rows()[found.rows.numpy()]
+        rows = batch[found.rows.numpy()]
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         where = f", in rows {', '.join(map(str, rows[:5]))}{more} of the store"
     return (
-        f"The loss of run {run.config.name!r} is not finite at step {step} ({found.terms}{where}); its last checkpoint "
-        "is kept. Lower the learning rate, or verify the store with `dictlearn store verify`."
+        f"The loss of run {run.config.name!r} is not finite at step {found.step} ({found.terms}{where}); its last "
+        "checkpoint is kept. Lower the learning rate, or verify the store with `dictlearn store verify`."
     )
 
 
@@ -382,7 +411,7 @@ def measure(config: TrainConfig[Any], dictionary: Dictionary, found: Step, targe
         "dead_share": float(ops.total_over_latents(dead) / config.dictionary.d_sae),
         "learning_rate": found.learning_rate,
         "gradient_norm": float(found.gradient_norm),
-        **found.extras,
+        **{name: float(number) for name, number in found.extras.items()},
     }
 
 

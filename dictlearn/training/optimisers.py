@@ -54,8 +54,16 @@ class Optimiser:
         for parameter in self._named.values():
             parameter.grad = None
 
-    def step(self) -> None:
+    @property
+    def conditional(self) -> bool:
+        """Whether the device can leave a step out by itself: torch's Adam can, its Muon cannot."""
+        return all(isinstance(part, torch.optim.Adam) for part in self._parts)
+
+    def step(self, finite: Tensor | None = None) -> None:
+        """Update the parameters; where ``finite`` () bool, on their device, is false, nothing is changed."""
         for part in self._parts:
+            # read by torch's fused Adam
+            part.found_inf = None if finite is None else (~finite).float()  # type: ignore[attr-defined]
             part.step()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
     schedule, loss (encode, decode, terms), backward, projection, clip, refuse what is not finite, optimise, constrain,
     count what fired
 
+On a GPU the host does not wait for any of it (`dictlearn.ops.ahead`). What it decides elsewhere is decided on the
+device: how much of a gradient is clipped, and whether the update is made at all.
+
 Several processes share a batch, or the latents, through `dictlearn.ops`: gradients are averaged after the backward
 pass, and norms summed, where there is more than one.
 """
@@ -18,7 +21,11 @@ from torch import Tensor
 
 from dictlearn import ops
 from dictlearn.dictionaries.base import Dictionary, Loss, Update
+from dictlearn.ops.ahead import LAG
+from dictlearn.training.finite import NotFinite, Unread
 from dictlearn.training.optimisers import Average, Optimiser
+
+__all__ = ["Member", "NotFinite", "Step", "backward", "clip", "side_by_side", "take_step"]
 
 
 @dataclass
@@ -31,6 +38,7 @@ class Member:
         accumulate: parts that a batch is computed in.
         precision: "float32", or "bfloat16" for autocast.
         average: the moving average of the weights, if one is kept.
+        unread: steps that the host ran ahead of; nothing may be logged or saved before they are settled.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Member:
     accumulate: int = 1
     precision: str = "float32"
     average: Average | None = None
+    unread: Unread = field(default_factory=Unread)
 
 
 @dataclass(frozen=True)
@@ -57,21 +66,7 @@ class Step:
     loss: Loss
     gradient_norm: Tensor
     learning_rate: float
-    extras: dict[str, float] = field(default_factory=dict)
-
-
-class NotFinite(Exception):
-    """A step whose loss or gradient is not finite; nothing was updated.
-
-    Attributes:
-        terms: the numbers that tell where it began, as words.
-        rows: (n,) int64, the rows of the batch in which it shows; empty where it shows in no row alone.
-    """
-
-    def __init__(self, terms: str, rows: Tensor) -> None:
-        super().__init__(terms)
-        self.terms = terms
-        self.rows = rows
+    extras: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 def side_by_side(rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
@@ -83,9 +78,11 @@ def take_step(member: Member, x: Tensor, target: Tensor | None, step: int, steps
     """Update a member with one batch of raw activations x (B, D), and targets (B, O) for a transcoder.
 
     Raises:
-        NotFinite: a loss or gradient is not finite; the weights are those of before.
+        NotFinite: a loss or gradient is not finite; the weights are those of before. Where the host runs ahead it is of
+            the step `LAG` steps before; ``member.unread.settle()`` tells about the last ones.
     """
     dictionary, optimiser = member.dictionary, member.optimiser
+    member.unread.settle(within=LAG - 1)
     dictionary.schedule(step, steps)
     rate = optimiser.set_rate(step, steps)
     optimiser.zero_grad()
@@ -93,10 +90,10 @@ def take_step(member: Member, x: Tensor, target: Tensor | None, step: int, steps
     ops.ranks().average_gradients(optimiser.parameters)
     dictionary.project_gradients()
     norm = clip(member)
-    if not torch.isfinite(loss.total + norm):
-        raise not_finite(loss, norm, x, target)
-    optimiser.step()
-    extras = dictionary.after_update(Update(optimiser, step, steps, member.generator, x, target, loss))
+    waits = not (ops.runs_ahead(x.device) and optimiser.conditional)
+    finite = member.unread.add(step, loss, norm, x, target, waits)
+    optimiser.step(finite)
+    extras = dictionary.after_update(Update(optimiser, step, steps, member.generator, x, target, loss, finite))
     dictionary.observe(loss.codes)
     if member.average is not None:
         member.average.update(dictionary, step)
@@ -145,24 +142,12 @@ def clip(member: Member) -> Tensor:
     named = {name: p.grad for name, p in member.dictionary.named_parameters() if p.grad is not None}
     parts = [grad for name, grad in named.items() if name in split]
     whole = [grad for name, grad in named.items() if name not in split]
-    squares = sum(
-        (torch.linalg.vector_norm(grad).square() for grad in parts), torch.zeros(()).to(next(iter(named.values())))
-    )
+    squares = sum((torch.linalg.vector_norm(grad).square() for grad in parts), next(iter(named.values())).new_zeros(()))
     squares = ops.total_over_latents(squares)
     squares = sum((torch.linalg.vector_norm(grad).square() for grad in whole), squares)
     norm = squares.sqrt()
-    if 0 < member.gradient_clip < norm:
+    if member.gradient_clip > 0 and ops.runs_ahead(norm.device):
+        torch._foreach_mul_(list(named.values()), (member.gradient_clip / norm).clamp(max=1.0))
+    elif 0 < member.gradient_clip < norm:
         torch._foreach_mul_(list(named.values()), float(member.gradient_clip / norm))
     return norm
-
-
-def not_finite(loss: Loss, norm: Tensor, x: Tensor, target: Tensor | None) -> NotFinite:
-    """Which numbers are not finite, and the rows in which they show: in the data, or else in the reconstruction."""
-    numbers = {**loss.terms, "gradient norm": norm}
-    terms = ", ".join(f"{name} {float(value)}" for name, value in numbers.items() if not torch.isfinite(value))
-    for where, rows in (("input", x), ("target", target), ("output", loss.output)):
-        if rows is not None:
-            bad = (~torch.isfinite(rows).all(dim=1)).nonzero().squeeze(1)
-            if len(bad):
-                return NotFinite(f"{terms}; the {where} is not finite", bad.cpu())
-    return NotFinite(terms, torch.empty(0, dtype=torch.int64))
