@@ -22,10 +22,13 @@ or of its groups rounded up to a power of 2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dictlearn.ops.reference import Rule
 
@@ -37,6 +40,37 @@ LARGEST_ROW = 32768
 
 GROUPS_PER_PROGRAM = tl.constexpr(64)
 _GROUP = tl.constexpr(GROUP)
+
+
+class Tiling(NamedTuple):
+    """How `product_with_maxima` cuts its work.
+
+    Attributes:
+        rows, latents: what one program computes at once; latents are a power of 2 of at least `GROUP`.
+        width: of D, what one step of its sum takes.
+        rows_together: tiles of rows that go through all latents together, so that W is read once for all of them while
+            their rows stay in the card's cache.
+        stages: steps whose inputs are under way at once.
+        warps: that compute a tile.
+    """
+
+    rows: int = 128
+    latents: int = 256
+    width: int = 64
+    rows_together: int = 16
+    stages: int = 4
+    warps: int = 8
+
+
+TILING = Tiling()
+"""A Hopper card's: 128 accumulators in each thread, 225 of 227 kB of shared memory, one program on each multiprocessor.
+Its 16 times 128 rows of width 4096 are 17 of 50 MB of cache."""
+
+TILING_FLOAT32 = Tiling(rows=64, latents=64, width=16, stages=3, warps=4)
+"""Without tensor cores, which know float32 only shortened."""
+
+TILING_INTERPRETED = Tiling(rows=16, latents=128, width=16)
+"""Triton's interpreter takes as long for what a tile holds beyond the matrix."""
 
 
 def fits(width: int, dtype: torch.dtype) -> bool:
@@ -61,6 +95,42 @@ def group_maxima(pre_BS: Tensor, rule: Rule) -> Tensor:
     chunks = triton.cdiv(maxima_BG.shape[1], GROUPS_PER_PROGRAM.value)
     _group_maxima[(B * chunks,)](pre_BS, maxima_BG, S, maxima_BG.shape[1], chunks, rule == "magnitude", num_warps=4)
     return maxima_BG
+
+
+def product_with_maxima(x_BD: Tensor, W_SD: Tensor, b_S: Tensor, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
+    """``x W^T + b`` (B, S) and the maxima (B, G) of its groups, in the type of x and W: bfloat16 or float32.
+
+    Summed in float32, not shortened to fewer bits; the maxima are those of what was rounded and stored. The maxima of
+    magnitudes, which the rule "magnitude" wants, are not among what it gives.
+    """
+    (B, D), S = x_BD.shape, len(W_SD)
+    on_gpu = x_BD.device.type == "cuda"
+    pre_BS, maxima_BG = x_BD.new_empty(B, S), x_BD.new_empty(B, number_of_groups(S))
+    if tiling is None:
+        tiling = TILING if x_BD.dtype == torch.bfloat16 else TILING_FLOAT32
+        tiling = tiling if on_gpu else TILING_INTERPRETED
+    half = tiling.latents // 2 if tiling.latents > GROUP else tiling.latents
+    matrices = ((x_BD, tiling.width, tiling.rows), (W_SD, tiling.width, tiling.latents), (pre_BS, half, tiling.rows))
+    described = all(_describable(matrix) for matrix, _, _ in matrices)
+    x, W, pre = (
+        TensorDescriptor.from_tensor(matrix, [rows, columns]) if described else matrix
+        for matrix, columns, rows in matrices
+    )
+    tiles = triton.cdiv(B, tiling.rows) * triton.cdiv(S, tiling.latents)
+    at_once = torch.cuda.get_device_properties(x_BD.device).multi_processor_count if on_gpu else 3
+    _product_with_maxima[(min(tiles, at_once),)](
+        x, W, b_S, pre, maxima_BG, B, S, D, maxima_BG.shape[1],
+        described, *tiling[:4], not on_gpu, num_stages=tiling.stages, num_warps=tiling.warps,
+    )  # fmt: skip
+    return pre_BS, maxima_BG
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Whether a Hopper card's copying unit can fetch tiles of it: rows begin at multiples of 16 bytes."""
+    if matrix.device.type == "cuda" and torch.cuda.get_device_capability(matrix.device) < (9, 0):
+        return False
+    in_bytes = matrix.data_ptr(), matrix.shape[1] * matrix.element_size()
+    return matrix.dtype == torch.bfloat16 and all(number % 16 == 0 for number in in_bytes)
 
 
 def select(pre_BS: Tensor, maxima_BG: Tensor, k: int, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -212,3 +282,77 @@ def _keep_topk(pre, kept, A, k, RULE: tl.constexpr, N: tl.constexpr):
         tl.where(chosen_N, _by_rule(pre_N, keys_N, RULE), tl.zeros_like(pre_N)),
         mask=column_N < A,
     )
+
+
+# --- the encoder's product --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _product_with_maxima(
+    x, W, b, pre, maxima, B, S, D, G,
+    DESCRIBED: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Each program goes through every so many of the tiles; the next one's first inputs come while one is written."""
+    tiles_of_rows = tl.cdiv(B, ROWS)
+    tiles_of_latents = tl.cdiv(S, LATENTS)
+    for tile in tl.range(tl.program_id(0), tiles_of_rows * tiles_of_latents, tl.num_programs(0), flatten=True):
+        # TOGETHER tiles of rows, or what is left of them, for one tile of latents after the other
+        rows_before = tile // (TOGETHER * tiles_of_latents) * TOGETHER
+        within = tile % (TOGETHER * tiles_of_latents)
+        height = tl.minimum(tiles_of_rows - rows_before, TOGETHER)
+        row = (rows_before + within % height) * ROWS
+        latent = within // height * LATENTS
+        pre_rl = tl.zeros([ROWS, LATENTS], tl.float32)
+        for d in range(0, D, WIDTH):
+            x_rd = _tile(x, row, d, B, D, ROWS, WIDTH, DESCRIBED)
+            W_ld = _tile(W, latent, d, S, D, LATENTS, WIDTH, DESCRIBED)
+            if INTERPRETED:  # it would multiply bfloat16 as the integers that it keeps them in
+                x_rd, W_ld = x_rd.to(tl.float32), W_ld.to(tl.float32)
+            pre_rl = tl.dot(x_rd, W_ld.T, pre_rl, input_precision="ieee")
+        if LATENTS == _GROUP:
+            _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED)
+        else:  # in two halves, since shared memory has no room for both beside the next tile's inputs
+            HALF: tl.constexpr = LATENTS // 2
+            left_rl, right_rl = tl.split(tl.permute(tl.reshape(pre_rl, [ROWS, 2, HALF]), [0, 2, 1]))
+            _finish(left_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED)
+            _finish(right_rl, b, pre, maxima, row, latent + HALF, B, S, G, DESCRIBED)
+
+
+@triton.jit
+def _tile(matrix, row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr):
+    """Zeros beyond the matrix."""
+    if DESCRIBED:
+        tile = matrix.load([row, column])
+    else:
+        row_r, column_c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        there_rc = (row_r < height)[:, None] & (column_c < width)[None, :]
+        tile = tl.load(matrix + row_r[:, None].to(tl.int64) * width + column_c[None, :], mask=there_rc, other=0.0)
+    return tile
+
+
+@triton.jit
+def _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED: tl.constexpr):
+    """Add the bias, write the tile, and write the maxima of its groups."""
+    ROWS: tl.constexpr = pre_rl.shape[0]
+    LATENTS: tl.constexpr = pre_rl.shape[1]
+    GROUPS: tl.constexpr = LATENTS // _GROUP
+    latent_l = latent + tl.arange(0, LATENTS)
+    pre_rl += tl.load(b + latent_l, mask=latent_l < S, other=0.0).to(tl.float32)[None, :]
+    row_r1 = row + tl.arange(0, ROWS)[:, None]
+    if DESCRIBED:
+        pre.store([row, latent], pre_rl.to(tl.bfloat16))
+    else:
+        there_rl = (row_r1 < B) & (latent_l < S)[None, :]
+        tl.store(pre + row_r1.to(tl.int64) * S + latent_l[None, :], pre_rl, mask=there_rl)
+    if S % _GROUP != 0:
+        pre_rl = tl.where((latent_l < S)[None, :], pre_rl, float("-inf"))
+    # rounding keeps order, so the largest may be rounded after it is found
+    maxima_rg = tl.reduce(tl.reshape(pre_rl, [ROWS, GROUPS, _GROUP]), 2, _larger)
+    group_1g = latent // _GROUP + tl.arange(0, GROUPS)[None, :]
+    tl.store(maxima + row_r1.to(tl.int64) * G + group_1g, maxima_rg, mask=(row_r1 < B) & (group_1g < G))
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)

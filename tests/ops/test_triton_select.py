@@ -83,11 +83,11 @@ CONTENTS = {
 def test_selects_what_a_stable_sort_puts_first(kernels, content, dtype):
     generator = torch.Generator().manual_seed(0)
     for rule, k in zip(RULES, (150, 1, 9), strict=True):
-        check(kernels, CONTENTS[content](2, 150, generator).to(dtype), k, rule)
+        check(kernels, CONTENTS[content](1, 150, generator).to(dtype), k, rule)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from(sorted(CONTENTS)), st.data())
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 200), st.sampled_from(DTYPES), st.sampled_from(sorted(CONTENTS)), st.data())
 def test_any_shape(kernels, B, S, dtype, content, data):
     k = data.draw(st.integers(1, S))
     pre_BS = CONTENTS[content](B, S, torch.Generator().manual_seed(S)).to(dtype)
@@ -99,7 +99,7 @@ def test_the_threshold_falls_between_equal_maxima_of_groups(kernels):
     pre_BS = torch.full((1, 64 * 6), -1.0)
     pre_BS[0, [5, 64 + 63, 130, 200, 5 * 64]] = torch.tensor([2.0, 2.0, 2.0, 2.0, 7.0])
     pre_BS[0, 6] = 2.0
-    for k in (1, 2, 3, 4, 5, 6):
+    for k in (1, 2, 4, 6):
         check(kernels, pre_BS, k, "linear")
 
 
@@ -115,6 +115,40 @@ def test_group_maxima_are_the_largest_of_each_64(kernels, rule, dtype):
     expected_BG = padded_BS.view(3, 73, 64).amax(dim=2)
     assert expected_BG[0, 1].isnan() and expected_BG[1, -1].isinf()
     torch.testing.assert_close(kernels.group_maxima(pre_BS, rule), expected_BG, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("B", "D", "S", "dtype"),
+    [
+        (20, 24, 136, torch.bfloat16),  # rows begin at multiples of 16 bytes; several tiles both ways
+        (5, 7, 70, torch.bfloat16),  # they do not; the last group has 6 latents
+        (1, 1, 1, torch.bfloat16),
+        (18, 20, 200, torch.float32),
+        (3, 5, 64, torch.float32),
+    ],
+)
+def test_product_is_the_matrix_product_and_its_maxima_are_those_of_its_groups(kernels, B, D, S, dtype):
+    generator = torch.Generator().manual_seed(B)
+    x, W, b = (torch.randn(*size, generator=generator).to(DEVICE) for size in ((B, D), (S, D), (S,)))
+    x, W = x.to(dtype), W.to(dtype)
+    pre, maxima = kernels.product_with_maxima(x, W, b, kernels.Tiling(16, 64, 16) if S == 64 else None)
+    # the interpreter cuts off what a card rounds: less than 2^-7 of a bfloat16
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    exact = x.double() @ W.double().T + b.double()
+    torch.testing.assert_close(pre.double(), exact, rtol=tolerance, atol=1e-5)
+    assert torch.equal(maxima, kernels.group_maxima(pre, "linear"))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, where the interpreter multiplies infinity by zero
+@pytest.mark.parametrize("S", [70, 72])
+def test_what_is_not_finite_is_the_largest_in_its_own_group_alone(kernels, S):
+    """Latents that are not there, beside the last ones in a tile, are the sum of infinity times zero."""
+    x, W, b = torch.ones(3, 8), torch.ones(S, 8), torch.zeros(S)
+    x[0, 0], x[1, 0], W[1] = torch.inf, -torch.inf, torch.nan
+    x, W = (tensor.to(torch.bfloat16).to(DEVICE) for tensor in (x, W))
+    pre, maxima = kernels.product_with_maxima(x, W, b.to(DEVICE))
+    assert pre[:, 1].isnan().all() and maxima[:, 0].isnan().all()
+    assert maxima[:, 1].tolist() == [torch.inf, -torch.inf, 8]
 
 
 def test_the_same_bits_every_time(kernels):
