@@ -58,6 +58,23 @@ class Codes:
         """(S,) number of rows in which each latent fired, int64."""
         return torch.bincount(self.indices[self.active()], minlength=self.d_sae)
 
+    def fired_anywhere(self) -> Tensor:
+        """(S,) bool: whether each latent fired in any row. Of a GPU no number is asked, so that nobody waits for it."""
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
+        if self._same_slots:
+            return fired.scatter_(0, self.indices[0], self.active().any(dim=0))[:-1]
+        places = self.indices.masked_fill(~self.active(), self.d_sae)  # empty slots all go to one past the last
+        return fired.scatter_(0, places.flatten(), True)[:-1]
+
+    def in_few_slots(self) -> Codes:
+        """The same in less memory, where all rows have the same slots."""
+        return Codes.from_dense(self.dense(), self.offset) if self._same_slots else self
+
+    @property
+    def _same_slots(self) -> bool:
+        """Whether each slot is of the same latent in all rows, by the layout alone."""
+        return len(self) > 0 and self.indices.stride(0) == 0
+
     def detach(self) -> Codes:
         offset = None if self.offset is None else self.offset.detach()
         return Codes(self.indices, self.values.detach(), self.d_sae, offset)
@@ -78,6 +95,12 @@ class Codes:
         slot_BK = first_BK.cumsum(dim=1) - 1
         sums_BK = torch.zeros_like(values_BK).scatter_add(1, slot_BK, values_BK)
         return Codes(torch.zeros_like(indices_BK).scatter(1, slot_BK, indices_BK), sums_BK, d_sae)
+
+    @staticmethod
+    def in_all_slots(dense_BS: Tensor) -> Codes:
+        """The same activations, uncopied, in a slot for each latent: how many the busiest row needs is not asked."""
+        latents_S = torch.arange(dense_BS.shape[1], device=dense_BS.device)
+        return Codes(latents_S.expand(dense_BS.shape), dense_BS, dense_BS.shape[1])
 
     @staticmethod
     def from_dense(dense_BS: Tensor, offset: Tensor | None = None) -> Codes:

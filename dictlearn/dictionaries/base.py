@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.configs import check_hooks
+from dictlearn.dictionaries.dead_latents import DeadLatents
 from dictlearn.dictionaries.scaling import Scaling
 
 Width = int | Sequence[int]
@@ -102,6 +103,7 @@ class Dictionary(nn.Module):
         d_in, d_out: widths of all of them together.
         provenance: what it was trained on (model, store, hooks), filled by training and by loading.
         rows_since_fired: (S,) int64 buffer: rows seen since each latent last fired.
+        dead_latents: lists the latents that have not fired for long.
         input_scaling, target_scaling: what is done to raw activations before they are encoded and compared; an
             autoencoder's are the same. Nothing is left of them once folded, but for a row's own scale.
     """
@@ -132,6 +134,7 @@ class Dictionary(nn.Module):
         self.provenance: dict[str, Any] = {}
         check_hooks(config, self.input_parts, None if self.autoencoder else self.output_parts)
         self.register_buffer("rows_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
+        self.dead_latents = DeadLatents()
         self.input_scaling = self.target_scaling = Scaling()
 
     # --- what every kind defines --------------------------------------------------------------------------------
@@ -187,11 +190,10 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:
         """Count which latents fired in a batch, in rows."""
-        places = codes.indices.masked_fill(~codes.active(), self.d_sae)  # empty slots all go to one past the last
-        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=places.device)
-        fired = fired.scatter_(0, places.flatten(), True)[:-1]
-        self.rows_since_fired += ops.ranks().total_rows(len(codes))
-        self.rows_since_fired.masked_fill_(ops.ranks().anywhere_in_batch(fired), 0)
+        rows = ops.ranks().total_rows(len(codes))
+        self.rows_since_fired += rows
+        self.rows_since_fired.masked_fill_(ops.ranks().anywhere_in_batch(codes.fired_anywhere()), 0)
+        self.dead_latents.foresee(self.rows_since_fired, rows)
 
     def described(self) -> dict[str, Any]:
         """Kind, widths and config as plain values: what a file needs to build it again."""

@@ -13,14 +13,15 @@ and is in the units of the pre-activations: folding multiplies it by what it mul
 A batch is what `loss` is given: all rows of a step, on all processes, but one part of them when accumulating gradients.
 
 Selecting needs no (B, S) matrix. Each row offers its 4 k largest; should some row have all that it offered among the
-B k largest of the batch, twice as many are offered by each. That gives what the whole matrix would.
+B k largest of the batch, twice as many are offered by each. That gives what the whole matrix would. It also is the one
+number in a step that a GPU is asked for and waited for: how many slots the busiest row needs.
 
 Axes: B rows, D input width, S latents, C candidates per row, K slots that the busiest row needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -89,9 +90,9 @@ class BatchTopK(TopK):
                 x_BD, self.W_enc, self.b_enc, slots, self._pre_bias(), also_A
             )
             values_BC = ops.keep_largest_of_batch(values_BC, k)
-            full = (values_BC > 0).all(dim=1).any()
-            if slots == self.d_sae or not ops.anywhere_over_rows(full):
-                return in_few_slots(values_BC, indices_BC, also_BA)
+            (needed,) = slots_needed([values_BC])
+            if slots == self.d_sae or not ops.anywhere_over_rows(needed == slots, x_BD.device):
+                return in_slots(needed, values_BC, indices_BC, also_BA)
             slots = min(2 * slots, self.d_sae)
 
     def _largest(self, values_BW: Tensor, indices_BW: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +106,18 @@ def _least_active(values_BK: Tensor) -> Tensor:
     return values_BK.masked_fill(~(values_BK > 0), torch.inf).amin()
 
 
-def in_few_slots(values_BC: Tensor, indices_BC: Tensor, also_BA: Tensor | None = None) -> TopKCodes:
-    """The same activations in as many slots as the busiest row needs, and at least one."""
-    slots = max(1, int((values_BC > 0).sum(dim=1).max())) if len(values_BC) else 1
+def slots_needed(several: Sequence[Tensor]) -> list[int]:
+    """Of each of several (B, C) activations of the same rows, by the busiest row; at least one. Asked in one go."""
+    counts = [(values_BC > 0).sum(dim=1).max() for values_BC in several if len(values_BC)]
+    return [max(1, count) for count in torch.stack(counts).tolist()] if counts else [1] * len(several)
+
+
+def in_slots(slots: int, values_BC: Tensor, indices_BC: Tensor, also_BA: Tensor | None = None) -> TopKCodes:
+    """The same activations in so many slots, enough for each row."""
     places_BK = values_BC.topk(slots, dim=1, sorted=False).indices
     return TopKCodes(values_BC.gather(1, places_BK), indices_BC.gather(1, places_BK), also_BA)
+
+
+def in_few_slots(values_BC: Tensor, indices_BC: Tensor) -> TopKCodes:
+    """The same activations in as many slots as the busiest row needs."""
+    return in_slots(slots_needed([values_BC])[0], values_BC, indices_BC)

@@ -29,6 +29,7 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import CrossLayerConfig
+from dictlearn.dictionaries.dead_latents import Dead, DeadLatents
 from dictlearn.dictionaries.scaling import LEAST, MeanSquareByPart, scalings, spread
 from dictlearn.dictionaries.start import towards, unit_directions
 from dictlearn.ops import TopKCodes
@@ -45,6 +46,7 @@ class CrossLayer(Dictionary):
     def __init__(self, config: CrossLayerConfig, d_in: Width, d_out: Width | None = None) -> None:
         super().__init__(config, d_in, d_out)
         self.layers = len(self.input_parts)
+        self.dead_latents = DeadLatents(groups=self.layers)
         self.latents_of_layer = self.d_sae // self.layers
         self.W_enc = nn.Parameter(torch.zeros(self.d_sae, self.input_parts[0]))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
@@ -87,22 +89,21 @@ class CrossLayer(Dictionary):
         if target is None:
             raise ValueError("A cross-layer transcoder has a target: give the outputs of all layers side by side.")
         x_BD, target_BO = self.input_scaling(x), self.target_scaling(target)
-        dead_S = self.rows_since_fired > self.config.dead_after_rows
-        revive = self.config.auxk_weight > 0 and ops.anywhere(dead_S)
-        dead_A = ops.latents_where(dead_S) if revive else None
-        values_BK, indices_BK, dead_pre_BA = self._select(x_BD, dead_A)
+        revives = self.config.auxk_weight > 0
+        dead = self.dead_latents.of(self.rows_since_fired, self.config.dead_after_rows) if revives else None
+        values_BK, indices_BK, dead_pre_BA = self._select(x_BD, dead)
         rebuilt, revived = [], []
-        if dead_A is not None and dead_pre_BA is not None:
-            dead_BA = self._keep_dead(dead_pre_BA, dead_A)
+        if dead is not None and dead_pre_BA is not None:
+            dead_BA = self._keep_dead(dead.only(dead_pre_BA), dead)
         for layer, decoder in enumerate(self.decoders):
             # slots come layer by layer, so that those that write here are the first
             slots = slice(0, indices_BK.shape[1] // self.layers * (layer + 1))
-            if dead_A is None:
+            if dead is None:
                 rebuilt.append(ops.decode(values_BK[:, slots], indices_BK[:, slots], decoder))
                 continue
-            first = int(torch.searchsorted(dead_A, len(decoder)))
+            first = sum(dead.lengths[: layer + 1])
             output, of_dead = ops.decode_also(
-                values_BK[:, slots], indices_BK[:, slots], decoder, dead_BA[:, :first], dead_A[:first]
+                values_BK[:, slots], indices_BK[:, slots], decoder, dead_BA[:, :first], dead.latents[:first]
             )
             rebuilt.append(output)
             revived.append(of_dead)
@@ -110,9 +111,9 @@ class CrossLayer(Dictionary):
         error_BO = target_BO - output_BO
         mse = error_BO.square().mean()
         total, terms = mse, {"mse": mse.detach()}
-        if revive:
+        if dead is not None:
             residual_BO = error_BO.detach() - torch.cat(revived, dim=1)
-            auxk = residual_BO.square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(LEAST)
+            auxk = dead.term(residual_BO.square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(LEAST))
             terms["auxk"] = auxk.detach()
             total = total + self.config.auxk_weight * auxk
         codes = Codes(indices_BK, values_BK.detach(), self.d_sae)
@@ -181,7 +182,7 @@ class CrossLayer(Dictionary):
         folded.drop_scaling()
         return folded.to(self.W_enc.dtype)
 
-    def _select(self, x_BD: Tensor, dead_A: Tensor | None = None, layers: int | None = None) -> TopKCodes:
+    def _select(self, x_BD: Tensor, dead: Dead | None = None, layers: int | None = None) -> TopKCodes:
         """The k largest of each of the first layers, layer by layer, and the dead latents' pre-activations besides."""
         layers = self.layers if layers is None else layers
         found = []
@@ -194,20 +195,19 @@ class CrossLayer(Dictionary):
             )
         ):
             first = layer * self.latents_of_layer
-            also = None if dead_A is None else dead_A[self.layer_of(dead_A) == layer] - first
+            also = None if dead is None else dead.latents.split(dead.lengths)[layer] - first
             values, indices, pre = ops.encode_topk(part, rows_SD, bias_S, self.config.k, None, also)
             found.append(TopKCodes(values, indices + first, pre))
         return TopKCodes(
             torch.cat([codes.values for codes in found], dim=1),
             torch.cat([codes.indices for codes in found], dim=1),
-            None if dead_A is None else torch.cat([codes.also for codes in found if codes.also is not None], dim=1),
+            None if dead is None else torch.cat([codes.also for codes in found if codes.also is not None], dim=1),
         )
 
-    def _keep_dead(self, dead_pre_BA: Tensor, dead_A: Tensor) -> Tensor:
+    def _keep_dead(self, dead_pre_BA: Tensor, dead: Dead) -> Tensor:
         """(B, A) of each layer's dead latents those that AuxK takes."""
         most = self.config.k_aux or max(1, self.input_parts[0] // 2)
-        counts = self.layer_of(dead_A).bincount(minlength=self.layers).tolist()
-        return torch.cat([ops.keep_topk(pre, most) for pre in dead_pre_BA.split(counts, dim=1)], dim=1)
+        return torch.cat([ops.keep_topk(pre, most) for pre in dead_pre_BA.split(dead.lengths, dim=1)], dim=1)
 
     def _decode(self, values_BK: Tensor, indices_BK: Tensor, target: int) -> Tensor:
         """(B, width) what codes in any order of slots write at a target layer, scaled, without bias."""

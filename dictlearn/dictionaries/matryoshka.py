@@ -13,10 +13,12 @@ which sees what all of them leave over.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from torch import Tensor
 
 from dictlearn import ops
-from dictlearn.dictionaries.batch_topk import BatchTopK, in_few_slots
+from dictlearn.dictionaries.batch_topk import BatchTopK, in_slots, slots_needed
 from dictlearn.dictionaries.configs import MatryoshkaConfig
 
 
@@ -29,14 +31,16 @@ class Matryoshka(BatchTopK):
         self, mse: Tensor, target_BO: Tensor, values_BK: Tensor, indices_BK: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over all prefixes. "prefixes" is the mean over those that lack something."""
-        errors = [(target_BO - self.b_dec).square().mean()]
-        output_BO, first = self.b_dec, 0
-        for size in self.config.groups()[:-1]:
-            of_group_BK = (indices_BK >= first) & (indices_BK < first + size)
-            of_group = in_few_slots(values_BK * of_group_BK, indices_BK)
+        ends = list(accumulate(self.config.groups()[:-1]))
+        groups = [
+            values_BK * ((indices_BK >= first) & (indices_BK < end))
+            for first, end in zip([0, *ends], ends, strict=False)
+        ]
+        errors, output_BO = [(target_BO - self.b_dec).square().mean()], self.b_dec
+        for slots, of_group_BK in zip(slots_needed(groups), groups, strict=True):
+            of_group = in_slots(slots, of_group_BK, indices_BK)
             output_BO = output_BO + ops.decode(of_group.values, of_group.indices, self.W_dec)
             errors.append((target_BO - output_BO).square().mean())
-            first += size
         shorter = sum(errors[1:], errors[0]) / len(errors)
         total = (mse + len(errors) * shorter) / (len(errors) + 1)
         return total, {"mse": mse.detach(), "prefixes": shorter.detach()}

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import Loss, Update, Width
 from dictlearn.dictionaries.configs import PenalisedConfig
@@ -74,7 +75,9 @@ class Penalised(TwoMatrices):
     ) -> Loss:
         """The loss with what is reported of it, detached, from dense codes and a scaled reconstruction."""
         detached = {name: term.detach() for name, term in terms.items()}
-        return Loss(total, detached, packed(codes_BS.detach()), self.target_scaling.undo(output_BO.detach(), x))
+        # to pack them is to ask how many slots the busiest row needs
+        pack = Codes.in_all_slots if ops.runs_ahead(codes_BS.device) else packed
+        return Loss(total, detached, pack(codes_BS.detach()), self.target_scaling.undo(output_BO.detach(), x))
 
     def _redraw(self, update: Update) -> int:
         """Point dead latents at rows of the batch, drawn with probability proportional to their squared loss.

@@ -46,21 +46,22 @@ class TopK(TwoMatrices):
 
     def loss(self, x: Tensor, target: Tensor | None = None) -> Loss:
         x_BD, target_BO = self._scaled(x, target)
-        dead_S = self.rows_since_fired > self.config.dead_after_rows
-        revive = self.config.auxk_weight > 0 and ops.anywhere(dead_S)
-        dead_A = ops.latents_where(dead_S) if revive else None
+        revives = self.config.auxk_weight > 0
+        dead = self.dead_latents.of(self.rows_since_fired, self.config.dead_after_rows) if revives else None
         wide = self.config.multi_topk_weight > 0
         slots = min(MULTIPLE * self.k, self.config.d_sae) if wide else self.k
-        values_BK, indices_BK, dead_pre_BA = self._select_to_learn(x, x_BD, slots, dead_A)
+        values_BK, indices_BK, dead_pre_BA = self._select_to_learn(
+            x, x_BD, slots, None if dead is None else dead.latents
+        )
         without_codes = self._without_codes(x_BD)
         if wide:
             wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + without_codes
             values_BK, indices_BK = self._largest(values_BK, indices_BK)
-        if dead_A is None or dead_pre_BA is None:
+        if dead is None or dead_pre_BA is None:
             rebuilt_BO = ops.decode(values_BK, indices_BK, self.W_dec)
         else:
-            dead_BA = ops.keep_topk(dead_pre_BA, self.config.k_aux or max(1, self.d_in // 2), self.rule)
-            rebuilt_BO, revived_BO = ops.decode_also(values_BK, indices_BK, self.W_dec, dead_BA, dead_A)
+            dead_BA = ops.keep_topk(dead.only(dead_pre_BA), self.config.k_aux or max(1, self.d_in // 2), self.rule)
+            rebuilt_BO, revived_BO = ops.decode_also(values_BK, indices_BK, self.W_dec, dead_BA, dead.latents)
         output_BO = rebuilt_BO + without_codes
         error_BO = target_BO - output_BO
         mse = error_BO.square().mean()
@@ -69,9 +70,10 @@ class TopK(TwoMatrices):
             multi = (target_BO - wide_BO).square().mean()
             terms["multi_topk"] = multi.detach()
             total = total + self.config.multi_topk_weight * multi
-        if revive:
+        if dead is not None:
             residual_BO = error_BO.detach()
             auxk = (residual_BO - revived_BO).square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(LEAST)
+            auxk = dead.term(auxk)
             terms["auxk"] = auxk.detach()
             total = total + self.config.auxk_weight * auxk
         codes = Codes(indices_BK, values_BK.detach(), self.d_sae)

@@ -177,9 +177,9 @@ def mean_over_rows(scalar: Tensor) -> Tensor:
     return _ranks.mean_over_rows(scalar)
 
 
-def anywhere_over_rows(found: Tensor) -> bool:
-    """Whether something that this rank found in its rows () is so on any rank: all ranks must take the same branch."""
-    return bool(_ranks.anywhere_in_batch(found))
+def anywhere_over_rows(found: bool, device: torch.device) -> bool:
+    """Whether what this rank found in its rows is so on any rank: all ranks must take the same branch."""
+    return bool(_ranks.anywhere_in_batch(torch.tensor(found, device=device))) if _ranks.several else found
 
 
 def least_over_rows(scalar: Tensor) -> Tensor:

@@ -298,6 +298,9 @@ def _bags(indices_BK: Tensor, latents: int) -> tuple[Tensor, Tensor]:
     keys = indices_BK.reshape(-1)
     # a radix sort of half as many bytes
     sorted_latents, order = (keys.to(torch.int32) if latents < 2**31 else keys).sort(stable=True)
+    if sorted_latents.device.type != "cpu":  # a GPU would be asked for the largest of them
+        every_S = torch.arange(latents, dtype=sorted_latents.dtype, device=sorted_latents.device)
+        return order, torch.searchsorted(sorted_latents, every_S)
     counts_S = torch.bincount(sorted_latents, minlength=latents)
     return order, counts_S.cumsum(0) - counts_S
 

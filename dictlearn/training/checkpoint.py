@@ -257,6 +257,9 @@ def state_of(member: Member) -> dict[str, Tensor]:
     if member.average is not None:
         tensors |= {f"average.{name}": tensor for name, tensor in member.average.weights.items()}
     tensors["generator"] = member.generator.get_state()
+    bounds = member.dictionary.dead_latents.bounds()
+    if len(bounds):
+        tensors["dead_latents"] = bounds
     # copies: a scaling that input and target share must not be refused as one storage under two names
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
@@ -277,6 +280,8 @@ def put_back(member: Member, tensors: dict[str, Tensor]) -> None:
         member.average = Average(member.average.decay, member.dictionary)
         member.average.weights = {name: tensor.to(device) for name, tensor in part("average.").items()}
     member.generator.set_state(tensors["generator"])
+    if "dead_latents" in tensors:
+        member.dictionary.dead_latents.set_bounds(tensors["dead_latents"], member.dictionary.rows_since_fired)
 
 
 def is_split(member: Member, name: str) -> bool:

@@ -108,7 +108,8 @@ def backward(member: Member, x: Tensor, target: Tensor | None) -> Loss:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=member.precision == "bfloat16"):
             loss = member.dictionary.loss(x_part, target_part)
         (loss.total * (len(x_part) / len(x))).backward()
-        parts.append(loss)
+        # those of all parts are kept
+        parts.append(loss if member.accumulate == 1 else replace(loss, codes=loss.codes.in_few_slots()))
     return parts[0] if len(parts) == 1 else _joined(parts)
 
 
