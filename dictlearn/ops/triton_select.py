@@ -9,7 +9,8 @@ each of those k groups has one that comes before it.
    is small: at 65536 latents and k = 64 one part in sixteen.
 
 The k-th largest is found bit by bit on integers that sort as the floats do: as many counts over registers as a number
-has bits. Nothing is sorted, nothing depends on the data but values, and the same input gives the same bits.
+has bits. The same elements, out of the nearest cache now, are then put where they belong. Nothing is sorted, nothing
+depends on the data but values, and the same input gives the same bits.
 
 Everything is ordered as torch.topk orders it: NaN is the largest, -0 is 0. What ties is taken from the left.
 
@@ -52,6 +53,7 @@ class Tiling(NamedTuple):
             their rows stay in the card's cache.
         stages: steps whose inputs are under way at once.
         warps: that compute a tile.
+        programs: on each multiprocessor at once.
     """
 
     rows: int = 128
@@ -60,11 +62,15 @@ class Tiling(NamedTuple):
     rows_together: int = 16
     stages: int = 4
     warps: int = 8
+    programs: int = 1
 
 
 TILING = Tiling()
 """A Hopper card's: 128 accumulators in each thread, 225 of 227 kB of shared memory, one program on each multiprocessor.
 Its 16 times 128 rows of width 4096 are 17 of 50 MB of cache."""
+
+TILING_BY_ADDRESS = Tiling(latents=128, stages=3)
+"""Where the copying unit cannot fetch tiles, and each thread needs registers for what it fetches."""
 
 TILING_FLOAT32 = Tiling(rows=64, latents=64, width=16, stages=3, warps=4)
 """Without tensor cores, which know float32 only shortened."""
@@ -104,25 +110,28 @@ def product_with_maxima(x_BD: Tensor, W_SD: Tensor, b_S: Tensor, tiling: Tiling 
     magnitudes, which the rule "magnitude" wants, are not among what it gives.
     """
     (B, D), S = x_BD.shape, len(W_SD)
-    on_gpu = x_BD.device.type == "cuda"
+    interpreted = x_BD.device.type == "cpu"
     pre_BS, maxima_BG = x_BD.new_empty(B, S), x_BD.new_empty(B, number_of_groups(S))
+    described = all(_describable(matrix) for matrix in (x_BD, W_SD, pre_BS))
     if tiling is None:
-        tiling = TILING if x_BD.dtype == torch.bfloat16 else TILING_FLOAT32
-        tiling = tiling if on_gpu else TILING_INTERPRETED
+        tiling = TILING if described else TILING_BY_ADDRESS if x_BD.dtype == torch.bfloat16 else TILING_FLOAT32
+        tiling = TILING_INTERPRETED if interpreted else tiling
     half = tiling.latents // 2 if tiling.latents > GROUP else tiling.latents
     matrices = ((x_BD, tiling.width, tiling.rows), (W_SD, tiling.width, tiling.latents), (pre_BS, half, tiling.rows))
-    described = all(_describable(matrix) for matrix, _, _ in matrices)
     x, W, pre = (
         TensorDescriptor.from_tensor(matrix, [rows, columns]) if described else matrix
         for matrix, columns, rows in matrices
     )
     tiles = triton.cdiv(B, tiling.rows) * triton.cdiv(S, tiling.latents)
-    at_once = torch.cuda.get_device_properties(x_BD.device).multi_processor_count if on_gpu else 3
-    _product_with_maxima[(min(tiles, at_once),)](
+    _product_with_maxima[(min(tiles, tiling.programs * _multiprocessors(x_BD.device)),)](
         x, W, b_S, pre, maxima_BG, B, S, D, maxima_BG.shape[1],
-        described, *tiling[:4], not on_gpu, num_stages=tiling.stages, num_warps=tiling.warps,
+        described, *tiling[:4], interpreted, num_stages=tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip
     return pre_BS, maxima_BG
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -141,14 +150,16 @@ def select(pre_BS: Tensor, maxima_BG: Tensor, k: int, rule: Rule) -> tuple[Tenso
     (B, S), G = pre_BS.shape, maxima_BG.shape[1]
     chosen = min(k, G)
     groups_BK = torch.empty(B, chosen, dtype=torch.int32, device=pre_BS.device)
-    N = triton.next_power_of_2(G)
-    _choose_groups[(B,)](maxima_BG, groups_BK, G, chosen, N, num_warps=_warps(N))
+    N, slots = triton.next_power_of_2(G), triton.next_power_of_2(chosen)
+    warps = _warps(N)
+    _choose_groups[(B,)](maxima_BG, groups_BK, G, chosen, N, _part(N, warps), num_warps=warps)
     values_BK = pre_BS.new_empty(B, k)
     indices_BK = torch.empty(B, k, dtype=torch.int64, device=pre_BS.device)
-    slots = triton.next_power_of_2(chosen)
+    warps = _warps(slots * GROUP)
     _select_elements[(B,)](
-        pre_BS, groups_BK, values_BK, indices_BK, S, chosen, k, rule, slots, num_warps=_warps(slots * GROUP)
-    )
+        pre_BS, groups_BK, values_BK, indices_BK, S, chosen, k,
+        rule, slots, max(_part(slots * GROUP, warps) // GROUP, 1), num_warps=warps,
+    )  # fmt: skip
     return values_BK, indices_BK
 
 
@@ -157,13 +168,19 @@ def keep_topk(pre_BA: Tensor, k: int, rule: Rule) -> Tensor:
     B, A = pre_BA.shape
     kept_BA = torch.empty_like(pre_BA)
     N = triton.next_power_of_2(A)
-    _keep_topk[(B,)](pre_BA, kept_BA, A, min(k, A), rule, N, num_warps=_warps(N))
+    warps = _warps(N)
+    _keep_topk[(B,)](pre_BA, kept_BA, A, min(k, A), rule, N, _part(N, warps), num_warps=warps)
     return kept_BA
 
 
 def _warps(elements: int) -> int:
     """32 elements a thread; beyond 16384, 64, since more than 16 warps would have too few registers each."""
     return min(max(elements // 1024, 1), 16)
+
+
+def _part(elements: int, warps: int) -> int:
+    """What is looked at a second time at once: 8 elements a thread, 16 bytes of bfloat16."""
+    return min(elements, 256 * warps)
 
 
 # --- order on integers ------------------------------------------------------------------------------------------------
@@ -196,29 +213,34 @@ def _numbers(keys, dtype: tl.constexpr):
 
 
 @triton.jit
-def _largest(keys_N, k, BITS: tl.constexpr):
-    """Which are the k largest, the left ones of those that tie, and each one's place among them from left to right."""
-    threshold = _kth_largest(keys_N, k, BITS)
-    above_N = (keys_N > threshold).to(tl.int32)
-    equal_N = (keys_N == threshold).to(tl.int32)
-    needed = k - tl.sum(above_N)
-    # both counts in one scan: rows have fewer than 2^16 elements
-    counts_N = above_N + (equal_N << 16)
-    before_N = tl.cumsum(counts_N, 0) - counts_N
-    equal_before_N = before_N >> 16
-    chosen_N = (above_N | (equal_N & (equal_before_N < needed).to(tl.int32))) != 0
-    return chosen_N, (before_N & 0xFFFF) + tl.minimum(equal_before_N, needed)
+def _threshold(keys_N, k, BITS: tl.constexpr):
+    """The k-th largest of the keys, and how many of those that equal it are among the k largest.
 
-
-@triton.jit
-def _kth_largest(keys_N, k, BITS: tl.constexpr):
-    """The largest integer that at least k of the keys reach, from its highest bit to its lowest."""
+    It is the largest integer that at least k keys reach, found from its highest bit to its lowest.
+    """
     zero = tl.zeros([], keys_N.dtype)
     threshold = tl.where(tl.sum((keys_N >= 0).to(tl.int32)) >= k, zero, zero + -(1 << (BITS - 1)))
     for bit in range(BITS - 1):
         higher = threshold + ((zero + 1) << (BITS - 2 - bit))
         threshold = tl.where(tl.sum((keys_N >= higher).to(tl.int32)) >= k, higher, threshold)
-    return threshold
+    return threshold, k - tl.sum((keys_N > threshold).to(tl.int32))
+
+
+@triton.jit
+def _chosen(keys_P, threshold, needed, seen):
+    """Which of the keys of a part of a row are among the k largest, and their places among them, from left to right.
+
+    ``seen`` counts, in the parts before, keys above the threshold and, 2^16 times, keys that equal it; it is 0 for the
+    first part and given back for the next. Rows have fewer than 2^16 elements, so that one scan counts both.
+    """
+    above_P = (keys_P > threshold).to(tl.int32)
+    equal_P = (keys_P == threshold).to(tl.int32)
+    counts_P = above_P + (equal_P << 16)
+    before_P = seen + tl.cumsum(counts_P, 0) - counts_P
+    equal_before_P = before_P >> 16
+    chosen_P = (above_P | (equal_P & (equal_before_P < needed).to(tl.int32))) != 0
+    place_P = (before_P & 0xFFFF) + tl.minimum(equal_before_P, needed)
+    return chosen_P, place_P, seen + tl.sum(counts_P)
 
 
 @triton.jit
@@ -241,47 +263,69 @@ def _group_maxima(pre, maxima, S, G, chunks, BY_MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def _choose_groups(maxima, groups, G, k, N: tl.constexpr):
+def _choose_groups(maxima, groups, G, k, N: tl.constexpr, PART: tl.constexpr):
     BITS: tl.constexpr = maxima.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
-    group_N = tl.arange(0, N)
-    maxima_N = tl.load(maxima + row * G + group_N, mask=group_N < G, other=0.0)
-    # below every key of a float, -inf's included
-    keys_N = tl.where(group_N < G, _keys(maxima_N, False), -(1 << (BITS - 1)))
-    chosen_N, slot_N = _largest(keys_N, k, BITS)
-    tl.store(groups + row * k + slot_N, group_N, mask=chosen_N)
+    keys_N = _part_of_row(maxima, row, G, 0, N, False)[0]
+    threshold, needed = _threshold(keys_N, k, BITS)
+    seen = 0
+    for first in range(0, N, PART):
+        keys_P, _, group_P = _part_of_row(maxima, row, G, first, PART, False)
+        chosen_P, place_P, seen = _chosen(keys_P, threshold, needed, seen)
+        tl.store(groups + row * k + place_P, group_P, mask=chosen_P)
 
 
 @triton.jit
-def _select_elements(pre, groups, values, indices, S, number_of_groups, k, RULE: tl.constexpr, GROUPS: tl.constexpr):
+def _select_elements(
+    pre, groups, values, indices, S, G, k, RULE: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr
+):
     BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
-    slot_g = tl.arange(0, GROUPS)
-    group_g = tl.load(groups + row * number_of_groups + slot_g, mask=slot_g < number_of_groups, other=0)
-    column_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    there_gN = (slot_g < number_of_groups)[:, None] & (column_gN < S)
-    pre_gN = tl.load(pre + row * S + column_gN, mask=there_gN, other=0.0)
-    keys_gN = tl.where(there_gN, _keys(pre_gN, RULE == "magnitude"), -(1 << (BITS - 1)))
-    keys_N = tl.reshape(keys_gN, [GROUPS * _GROUP])
-    chosen_N, slot_N = _largest(keys_N, k, BITS)
-    place_N = row * k + slot_N
-    tl.store(values + place_N, _by_rule(tl.reshape(pre_gN, keys_N.shape), keys_N, RULE), mask=chosen_N)
-    tl.store(indices + place_N, tl.reshape(column_gN, keys_N.shape).to(tl.int64), mask=chosen_N)
+    keys_N = _groups_of_row(pre, groups, row, S, G, 0, GROUPS, RULE == "magnitude")[0]
+    threshold, needed = _threshold(keys_N, k, BITS)
+    seen = 0
+    for first in range(0, GROUPS, PART):
+        keys_P, pre_P, latent_P = _groups_of_row(pre, groups, row, S, G, first, PART, RULE == "magnitude")
+        chosen_P, place_P, seen = _chosen(keys_P, threshold, needed, seen)
+        tl.store(values + row * k + place_P, _by_rule(pre_P, keys_P, RULE), mask=chosen_P)
+        tl.store(indices + row * k + place_P, latent_P.to(tl.int64), mask=chosen_P)
 
 
 @triton.jit
-def _keep_topk(pre, kept, A, k, RULE: tl.constexpr, N: tl.constexpr):
+def _keep_topk(pre, kept, A, k, RULE: tl.constexpr, N: tl.constexpr, PART: tl.constexpr):
     BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
-    column_N = tl.arange(0, N)
-    pre_N = tl.load(pre + row * A + column_N, mask=column_N < A, other=0.0)
-    keys_N = tl.where(column_N < A, _keys(pre_N, RULE == "magnitude"), -(1 << (BITS - 1)))
-    chosen_N, _ = _largest(keys_N, k, BITS)
-    tl.store(
-        kept + row * A + column_N,
-        tl.where(chosen_N, _by_rule(pre_N, keys_N, RULE), tl.zeros_like(pre_N)),
-        mask=column_N < A,
-    )
+    keys_N = _part_of_row(pre, row, A, 0, N, RULE == "magnitude")[0]
+    threshold, needed = _threshold(keys_N, k, BITS)
+    seen = 0
+    for first in range(0, N, PART):
+        keys_P, pre_P, column_P = _part_of_row(pre, row, A, first, PART, RULE == "magnitude")
+        chosen_P, _, seen = _chosen(keys_P, threshold, needed, seen)
+        kept_P = tl.where(chosen_P, _by_rule(pre_P, keys_P, RULE), tl.zeros_like(pre_P))
+        tl.store(kept + row * A + column_P, kept_P, mask=column_P < A)
+
+
+@triton.jit
+def _part_of_row(matrix, row, width, first, COLUMNS: tl.constexpr, BY_MAGNITUDE: tl.constexpr):
+    """Keys, numbers and columns of a part of a row; beyond the row's end a key below every float's."""
+    BITS: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth
+    column_P = first + tl.arange(0, COLUMNS)
+    x_P = tl.load(matrix + row * width + column_P, mask=column_P < width, other=0.0)
+    return tl.where(column_P < width, _keys(x_P, BY_MAGNITUDE), -(1 << (BITS - 1))), x_P, column_P
+
+
+@triton.jit
+def _groups_of_row(pre, groups, row, S, G, first, GROUPS: tl.constexpr, BY_MAGNITUDE: tl.constexpr):
+    """The same of some of the row's G chosen groups."""
+    BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
+    slot_g = first + tl.arange(0, GROUPS)
+    group_g = tl.load(groups + row * G + slot_g, mask=slot_g < G, other=0)
+    latent_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    there_gN = (slot_g < G)[:, None] & (latent_gN < S)
+    x_gN = tl.load(pre + row * S + latent_gN, mask=there_gN, other=0.0)
+    keys_gN = tl.where(there_gN, _keys(x_gN, BY_MAGNITUDE), -(1 << (BITS - 1)))
+    N: tl.constexpr = GROUPS * _GROUP
+    return tl.reshape(keys_gN, [N]), tl.reshape(x_gN, [N]), tl.reshape(latent_gN, [N])
 
 
 # --- the encoder's product --------------------------------------------------------------------------------------------
