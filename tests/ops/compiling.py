@@ -43,7 +43,8 @@ def no_memory(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def compiled(operation: Callable[[], object]) -> list[dict[str, Any]]:
     """Of each kernel that the operation launches, in order: its name, "registers" of a thread, bytes of "shared" memory
-    of a program, and its "instructions", how many of each there are: "LDG.E.128" and so on."""
+    of a program, and its "instructions", how many of each there are: "LDG.E.128" and so on. A wait for tensor cores
+    stands among them with what it waits for, "gsb0, 0x1" being all but the last product asked for."""
     return [compile_for_hopper(*launch) for launch in launches(operation)]
 
 
@@ -84,7 +85,13 @@ def compile_for_hopper(kernel: Any, given: tuple[Any, ...], named: dict[str, Any
         "kernel": kernel.__name__,
         "registers": int(re.findall(r"REG:(\d+)", disassembled(binary.asm["cubin"], "--dump-resource-usage"))[-1]),
         "shared": binary.metadata.shared,
-        "instructions": Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.M)),
+        "instructions": Counter(
+            re.findall(
+                r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(WARPGROUP.DEPBAR.LE gsb0, 0x[01]|[A-Z][A-Z0-9_.]+)",
+                code,
+                re.M,
+            )
+        ),
     }
 
 
