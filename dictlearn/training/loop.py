@@ -119,7 +119,7 @@ def train(
         batches = iter(loader)
         started, first_step = time.perf_counter(), step
         try:
-            while step < steps and any(member.stopped is None for member in members):
+            while step < steps and go_on(members):
                 rows = next(batches)
                 with interruption.put_off():
                     going = [number for number, member in enumerate(members) if member.stopped is None]
@@ -147,20 +147,21 @@ def train(
                         lines |= {number: line | walls for number, line in numbers.items()}
                     write(records, lines)
                     task.advance(shared.batch_size)
-                    if saves:
+                    if saves and go_on(members):
                         checkpoints.save(step, position, members)
                         saved = step
                 if processes.any(interruption.asked):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
-            if saved < step < steps:
-                found = not_finite_until_now(members)
-                write(records, stopped_members(runs, members, found, step, position, loader, notify))
-                checkpoints.save(step, position, members)
-            raise TrainingInterrupted(
-                f"Interrupted after step {step:,} of {steps:,}, of which there is a checkpoint; the same command "
-                "continues from there."
-            ) from None
+            found = not_finite_until_now(members)
+            write(records, stopped_members(runs, members, found, step, position, loader, notify))
+            if go_on(members):
+                if saved < step < steps:
+                    checkpoints.save(step, position, members)
+                raise TrainingInterrupted(
+                    f"Interrupted after step {step:,} of {steps:,}, of which there is a checkpoint; the same command "
+                    "continues from there."
+                ) from None
 
         stopped = [member.stopped for member in members if member.stopped is not None]
         if len(stopped) == len(runs):
@@ -314,6 +315,11 @@ def open_record_of(run: Run, step: int) -> Record:
         wandb=run.config.wandb,
         config=config_to_dict(run.config) | ({"sweep": run.sweep} if run.sweep else {}),
     )
+
+
+def go_on(members: Sequence[Progressed]) -> bool:
+    """Whether any does; what has stopped is not saved, so that the same command begins before it did."""
+    return any(member.stopped is None for member in members)
 
 
 def write(records: Sequence[Record], lines: Mapping[int, dict[str, Any]]) -> None:

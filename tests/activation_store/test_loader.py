@@ -71,6 +71,19 @@ def test_without_an_end_epochs_follow_each_other(small):
     assert len({tuple(first) for first in firsts}) == 7
 
 
+def test_the_rows_of_earlier_batches_can_be_told_across_epochs(small):
+    loader = Loader(small, NAMES[2:], 100)
+    delivered = []
+    for batch, _ in zip(loader, range(7), strict=False):
+        delivered.append(rows_in(batch))
+        position = loader.state_dict()
+        assert loader.rows_before(position).tolist() == loader.last_rows().tolist()
+        for ago, expected in enumerate(reversed(delivered)):
+            found = loader.rows_before(position, ago).tolist()
+            assert [row for row, told in zip(found, expected, strict=True) if told] == [row for row in expected if row]
+    assert position["epoch"] > 0
+
+
 def test_ranks_see_different_rows(small):
     parts = [
         {

@@ -7,19 +7,29 @@ device "meta", which has no numbers to tell. What only a GPU can show is in the 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from activation_store.errors import UserError
 from dictlearn import ops
 from dictlearn.dictionaries import configs, dictionary_class
+from dictlearn.dictionaries.dead_latents import DeadLatents
+from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops.ahead import LAG, Arriving
-from dictlearn.training.checkpoint import state_of
+from dictlearn.training.checkpoint import put_back, state_of
+from dictlearn.training.command import run_train
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.optimisers import Average, Optimiser
-from dictlearn.training.step import Member, backward, clip, take_step
+from dictlearn.training.step import Member, NotFinite, backward, clip, take_step
+from dictlearn.training.together import Together
+from tests.training.planted import SAE, metrics, weights
 
 DEAD = {"dead_after_rows": 300}
 SINGLE = {
@@ -42,7 +52,7 @@ SEVERAL = {
 }
 ASKS = {"batchtopk": 1, "matryoshka": 2}
 """What kinds with a number of active latents that no row knows by itself ask their device for in a step."""
-D, ROWS, STEPS = 12, 64, 60
+D, ROWS = 12, 64
 
 
 @pytest.fixture
@@ -85,7 +95,7 @@ def batch(case: str, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     return x, x.roll(1, dims=1).tanh() if case in ("skip", "clt") else None
 
 
-def trained(one: Member, steps: int = STEPS, first: int = 0) -> list[dict[str, float]]:
+def trained(one: Member, steps: int, first: int = 0) -> list[dict[str, float]]:
     """The terms of every step's loss."""
     taken = [take_step(one, *batch(one.name, step), step, 1000) for step in range(first, first + steps)]
     one.unread.settle()
@@ -228,7 +238,7 @@ def test_running_ahead_changes_nothing_but_rounding(case, accumulate, ahead):
             one.average = Average(0.9, one.dictionary)
             terms = [
                 take_step(one, x.double(), None if y is None else y.double(), step, 1000).loss.terms
-                for step, (x, y) in ((step, batch(case, step)) for step in range(20))
+                for step, (x, y) in ((step, batch(case, step)) for step in range(12))
             ]
             results.append((state(one), [{name: float(term) for name, term in of.items()} for of in terms]))
     (found, terms), (expected, terms_expected) = results
@@ -236,3 +246,234 @@ def test_running_ahead_changes_nothing_but_rounding(case, accumulate, ahead):
         torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
     for of_step, of_step_expected in zip(terms, terms_expected, strict=True):
         assert {"auxk": 0.0} | of_step == pytest.approx({"auxk": 0.0} | of_step_expected, rel=1e-7, abs=1e-9)
+
+
+def test_where_all_latents_are_dead_nothing_is_padded_and_every_bit_is_the_same(ahead):
+    found = []
+    for way in (contextlib.nullcontext(), waiting()):
+        with way:
+            one = member()
+            one.dictionary.rows_since_fired.fill_(10**6)
+            loss = backward(one, *batch("topk", 0))
+            clip(one)
+            found.append([loss.total.detach(), *(p.grad for p in one.dictionary.parameters())])
+    for mine, expected in zip(*found, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_clipping_on_the_device_is_clipping(ahead):
+    for limit in (0.01, 1e3):
+        grads = []
+        for way in (contextlib.nullcontext(), waiting()):
+            with way:
+                one = member("topk, no AuxK", gradient_clip=limit)
+                backward(one, *batch("topk", 0))
+                norm = clip(one)
+                grads.append([norm, *(p.grad for p in one.dictionary.parameters())])
+        assert all(torch.equal(mine, expected) for mine, expected in zip(*grads, strict=True))
+        assert (norm > limit) == (limit == 0.01)
+
+
+# --- the list of dead latents -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_list_holds_all_dead_latents_first_and_others_once(ahead, seed, groups, monkeypatch):
+    """Latents that fire at random, in batches of which the last ones are larger than could be foreseen."""
+    monkeypatch.setattr("dictlearn.dictionaries.dead_latents.FEWEST", 8)
+    random = torch.Generator().manual_seed(seed)
+    latents, dead_after = 400, 500
+    counters, lists = torch.zeros(latents, dtype=torch.int64), DeadLatents(groups)
+    often = torch.rand(latents, generator=random) ** 4 / 2
+    padded = 0
+    for step in range(60):
+        dead = (counters > dead_after).view(groups, -1)
+        found = lists.of(counters, dead_after)
+        assert found is not None or not dead.any()
+        listed = torch.zeros(groups, 0).long() if found is None else found.latents.split(found.lengths)
+        for group, (of_group, is_dead) in enumerate(zip(listed, dead, strict=True)):
+            count = int(is_dead.sum())
+            assert torch.equal(of_group[:count] - group * len(is_dead), is_dead.nonzero().squeeze(1))
+            assert len(of_group.unique()) == len(of_group)
+            padded += len(of_group) - count
+        if found is not None:
+            assert torch.equal(found.alive, ~dead.flatten()[found.latents])
+            assert found.lengths[0] % 8 == 0
+        rows = 70 if step < 40 else 70 + 30 * (step - 40)
+        counters += rows
+        counters[torch.rand(latents, generator=random) < often] = 0
+        lists.foresee(counters, rows)
+    assert dead.any() and padded
+
+
+def test_counters_that_somebody_else_sets_are_counted_anew(ahead):
+    lists, counters = DeadLatents(), torch.zeros(300, dtype=torch.int64)
+    for _ in range(2 * LAG):
+        assert lists.of(counters, 1000) is None
+        counters += 1
+        lists.foresee(counters, 1)
+    counters[5] = 10**6
+    found = lists.of(counters, 1000)
+    assert found.latents[0] == 5 and found.alive.tolist() == [False] + [True] * 63
+
+
+def test_without_dead_latents_a_padded_list_costs_nothing(ahead, monkeypatch):
+    monkeypatch.setattr(DeadLatents, "_most", lambda self, *a: 7)
+    one = member()
+    loss = backward(one, *batch("topk", 0))
+    with waiting():
+        other = member()
+        expected = backward(other, *batch("topk", 0))
+    assert loss.terms["auxk"] == 0 and "auxk" not in expected.terms
+    assert torch.equal(loss.total.detach(), expected.total.detach())
+    for mine, theirs in zip(one.dictionary.parameters(), other.dictionary.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["topk", "clt"])
+def test_a_resumed_member_goes_on_as_it_would_have(case, ahead, monkeypatch):
+    """With lists of the same lengths, and so to the bit."""
+    monkeypatch.setattr("dictlearn.dictionaries.dead_latents.FEWEST", 1)
+    lengths, list_dead = [], DeadLatents.of
+
+    def noted(self, *arguments):
+        found = list_dead(self, *arguments)
+        lengths.append(None if found is None else found.lengths)
+        return found
+
+    monkeypatch.setattr(DeadLatents, "of", noted)
+    whole = member(case)
+    trained(whole, 12)
+    saved = state_of(whole)
+    trained(whole, 8, first=12)
+    expected = lengths[-8:]
+    resumed = member(case)
+    put_back(resumed, saved)
+    trained(resumed, 8, first=12)
+    assert lengths[-8:] == expected
+    without = member(case)
+    put_back(without, {name: tensor for name, tensor in saved.items() if name != "dead_latents"})
+    trained(without, 8, first=12)
+    assert lengths[-8:] != expected, "lengths would show it"
+    for name, tensor in state_of(whole).items():
+        assert torch.equal(tensor, state_of(resumed)[name]), name
+
+
+# --- what is not finite is learnt late --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["adam", "muon"])
+def test_a_step_that_is_not_finite_and_those_after_it_come_to_nothing(rule, ahead):
+    """Muon cannot leave a step out on a device, so that it is waited for."""
+    one = member(optimiser=OptimiserConfig(rule=rule, learning_rate=3e-3))
+    trained(one, 6)
+    before = state(one)
+    bad = rows(6)
+    bad[[7, 20], 3] = float("inf")
+    steps = iter(range(6, 20))
+    with pytest.raises(NotFinite, match="mse (nan|inf).*gradient norm nan; the input is not finite") as found:
+        [take_step(one, bad if step == 6 else rows(step), None, step, 1000) for step in steps]
+    assert found.value.step == 6 and found.value.rows.tolist() == [7, 20]
+    assert next(steps) == 1 + (6 + LAG if rule == "adam" else 6)
+    for name, tensor in state(one).items():
+        if name.endswith("W_dec"):  # rows are brought back to unit norm
+            torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
+        elif name != "dictionary.rows_since_fired":
+            assert torch.equal(tensor, before[name]), name
+    trained(one, 6, first=6)
+    assert not torch.equal(state(one)["dictionary.W_enc"], before["dictionary.W_enc"]), "it can go on"
+
+
+def test_dead_latents_are_not_redrawn_after_a_step_that_was_left_out(ahead):
+    config = replace(SINGLE["topk"], resample_every=2)
+    one = member()
+    one.dictionary.config = config
+    one.dictionary.rows_since_fired.fill_(10**6)
+    assert take_step(one, rows(0) * float("nan"), None, 1, 1000).extras == {}
+    with pytest.raises(NotFinite):
+        one.unread.settle()
+    one.dictionary.rows_since_fired.fill_(10**6)
+    assert take_step(one, rows(0), None, 1, 1000).extras["resampled"] > 0
+
+
+def poisoned(monkeypatch, step: int) -> None:
+    """Row 5 of the batch of this step is no number."""
+    loss, calls = TopK.loss, []
+
+    def of_bad_rows(self, x, target=None):
+        calls.append(x)
+        bad = torch.arange(len(x))[:, None] == 5
+        return loss(self, x.masked_fill(bad, float("nan")) if len(calls) == step + 1 else x)
+
+    monkeypatch.setattr(TopK, "loss", of_bad_rows)
+
+
+@pytest.mark.parametrize(("step", "log_every"), [(8, 100), (12, 100), (13, 100), (58, 100), (11, 5)])
+def test_a_run_stops_as_if_it_had_waited(workspace, monkeypatch, ahead, step, log_every):
+    """With the same sentence about the same rows, the same metrics and the same checkpoints, wherever it shows."""
+    left = []
+    for way in (waiting(), contextlib.nullcontext()):
+        with way, monkeypatch.context() as patch:
+            poisoned(patch, step)
+            with pytest.raises(UserError, match=f"is not finite at step {step} .*, in rows .* of the store") as said:
+                run_train(replace(SAE, log_every=log_every), workspace)
+        run = workspace.run("sae")
+        checkpoints = sorted(path.name for path in run.checkpoints.iterdir())
+        left.append((str(said.value), metrics(workspace, "sae"), checkpoints))
+        shutil.rmtree(run.folder)
+    assert left[0] == left[1]
+    assert left[0][1][-1] == {"step": step + 1, "stopped": left[0][0]}
+    assert left[0][2] == [f"step-{saved:09d}" for saved in range(7, step + 1, 7)][-2:]
+
+
+def test_a_run_that_is_interrupted_after_a_step_that_was_not_finite_stops_for_that(workspace, monkeypatch, ahead):
+    take = Together.take_step
+
+    def interrupted(self, *arguments):
+        if arguments[3] == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        poisoned(patch, 9)
+        patch.setattr(Together, "take_step", interrupted)
+        with pytest.raises(UserError, match="is not finite at step 9"):
+            run_train(replace(SAE, log_every=100), workspace)
+    assert metrics(workspace, "sae")[-1]["step"] == 10
+    assert [path.name for path in workspace.run("sae").checkpoints.iterdir()] == ["step-000000007"]
+    run_train(replace(SAE, log_every=100), workspace)  # begins before it
+
+
+def test_a_killed_run_that_runs_ahead_ends_as_if_never_killed(workspace, monkeypatch, ahead):
+    run_train(replace(SAE, name="whole"), workspace)
+    for step in (6, 30, 45):
+        with monkeypatch.context() as patch:
+            take = Together.take_step
+            patch.setattr(Together, "take_step", lambda self, *a: 1 / (a[3] != step) and take(self, *a))  # noqa: B023
+            with pytest.raises(ZeroDivisionError):
+                run_train(replace(SAE, name=f"killed-{step}"), workspace)
+        run_train(replace(SAE, name=f"killed-{step}"), workspace)
+        assert metrics(workspace, f"killed-{step}") == metrics(workspace, "whole")
+        found, expected = weights(workspace, f"killed-{step}"), weights(workspace, "whole")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*SINGLE, *SEVERAL])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_is_not_waited_for(case):
+    if case in ASKS:
+        pytest.skip("asks for the slots that the busiest row needs")
+    one = member(case, device="cuda", precision="bfloat16")
+    batches = [batch(case, step) for step in range(2 * LAG)]
+    on_gpu = [(x.cuda(), None if target is None else target.cuda()) for x, target in batches]
+    try:
+        for step, (x, target) in enumerate(on_gpu):
+            torch.cuda.set_sync_debug_mode("error" if step >= LAG else "default")
+            take_step(one, x, target, step, 1000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    one.unread.settle()
