@@ -12,21 +12,24 @@ Both take a ``rule`` besides: "relu", the default, "magnitude" for the k largest
 What ``also`` is for: AuxK wants the pre-activations of the dead latents, densely. They come out of the encoder's one
 matrix product, and their gradients go into the one buffer that the selected latents' gradients go into.
 
-``set_backend("reference")`` forces the dense reference; "portable" is the sparse path that runs everywhere; "auto", the
-default, takes the fastest there is for the device. Every backend gives the reference's outputs and gradients up to the
-order of floating-point sums. `dictlearn.ops.ranks` puts the same operations over several processes.
+``set_backend("reference")`` forces the dense reference; "portable" is the sparse path that runs everywhere; "triton" is
+the one for GPUs; "auto", the default, takes the fastest there is for the device. Every backend gives the reference's
+outputs and gradients up to the order of floating-point sums. `dictlearn.ops.ranks` puts the same operations over
+several processes; `dictlearn.ops.row_gradients` is how a backend leaves it to an optimiser to sum weight gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from functools import cache
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from dictlearn.ops import portable, reference
 from dictlearn.ops.ranks import Ranks
 from dictlearn.ops.reference import Rule, TopKCodes
 
@@ -71,23 +74,55 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-BACKENDS: dict[str, Backend] = {"portable": portable, "reference": reference}
+def _module(name: str) -> Callable[[], Backend]:
+    return lambda: cast(Backend, importlib.import_module(name))
+
+
+BACKENDS = {
+    "portable": _module("dictlearn.ops.portable"),
+    "triton": _module("dictlearn.ops.triton_backend"),
+    "reference": _module("dictlearn.ops.reference"),
+}
+"""What gives each backend by its name. Modules are imported on first use: Triton need not be there."""
 _forced: str | None = None
 _ranks: Ranks = Ranks()
 _ahead: bool | None = None
 
 
 def set_backend(name: str) -> None:
-    """Use one backend for every following call; "auto" lets the device decide. ValueError names those there are."""
+    """Use one backend for every following call; "auto" lets the device decide.
+
+    Raises:
+        ValueError: there is no such backend, or not the package that it needs.
+    """
     global _forced
     if name not in BACKENDS and name != "auto":
         raise ValueError(f"There is no ops backend {name!r}; choose one of auto, {', '.join(BACKENDS)}.")
+    if name == "triton" and not _there_is_triton():
+        raise ValueError("The ops backend 'triton' needs the package triton (3.6 or later), which is not installed.")
     _forced = None if name == "auto" else name
 
 
 def backend(device: str | torch.device = "cpu") -> str:
     """The name of the backend in use for tensors on ``device``."""
-    return _forced or "portable"
+    if _forced is not None:
+        return _forced
+    return "triton" if torch.device(device).type == "cuda" and _runs_triton() else "portable"
+
+
+def load(name: str) -> Backend:
+    return BACKENDS[name]()
+
+
+def _there_is_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _runs_triton() -> bool:
+    """On NVIDIA's cards since Ampere, the first with bfloat16, where a Triton is installed."""
+    is_nvidia = torch.version.hip is None and torch.cuda.is_available()
+    return is_nvidia and _there_is_triton() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def use_ranks(ranks: Ranks | None) -> None:
@@ -127,7 +162,7 @@ def ranks() -> Ranks:
 
 
 def _backend(x: Tensor) -> Backend:
-    return BACKENDS[backend(x.device)]
+    return load(backend(x.device))
 
 
 def encode_topk(

@@ -46,17 +46,18 @@ def encode_topk(
     """
     centred_BD = x_BD if b_pre_D is None else x_BD - b_pre_D
     pre_BS = centred_BD @ W_enc_SD.T + b_enc_S
-    values_BK, indices_BK = _largest(pre_BS, k, rule)
+    values_BK, indices_BK = largest(pre_BS, k, rule)
     return TopKCodes(values_BK, indices_BK, None if also_A is None else pre_BS[:, also_A])
 
 
 def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
     """(B, A): what the rule makes of the k of each row that it selects (all, if there are fewer), 0 in other places."""
-    values, places = _largest(pre_BA, min(k, pre_BA.shape[1]), rule)
+    values, places = largest(pre_BA, min(k, pre_BA.shape[1]), rule)
     return torch.zeros_like(pre_BA).scatter(1, places, values)
 
 
-def _largest(pre_BS: Tensor, k: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def largest(pre_BS: Tensor, k: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """``(values, places)`` (B, K): what the rule makes of the k of each row that it selects, and where they are."""
     by_BS = pre_BS.abs() if rule == "magnitude" else pre_BS
     places_BK = by_BS.topk(k, dim=1, sorted=False).indices
     values_BK = pre_BS.gather(1, places_BK)

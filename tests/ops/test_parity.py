@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dictlearn import ops
 from dictlearn.ops import portable, reference
 
-BACKENDS = [name for name in ops.BACKENDS if name != "reference"]
+BACKENDS = ["portable", pytest.param("triton", marks=pytest.mark.needs("interpreter"))]
 INPUTS = ("x", "W_enc", "b_enc", "W_dec", "b_pre")
 RULES = ("relu", "magnitude", "linear")
 OUTPUTS = ("activations", "decoded", "pre-activations besides", "kept of them", "decoded besides")
@@ -61,16 +61,25 @@ def gradients(output, weight, inputs):
     return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=80, deadline=None)
 @given(drawn=shapes)
-def test_outputs_and_gradients_equal_the_reference(backend, drawn):
+def test_outputs_and_gradients_equal_the_reference(drawn):
+    equal_the_reference("portable", drawn)
+
+
+@pytest.mark.needs("interpreter")
+@settings(max_examples=6, deadline=None)
+@given(drawn=shapes)
+def test_outputs_and_gradients_of_the_kernels_equal_the_reference(drawn):
+    """As above, of fewer shapes: the interpreter is slow. `test_triton` has the cases that random shapes may miss."""
+    equal_the_reference("triton", drawn)
+
+
+def equal_the_reference(backend, drawn):
     (B, D, O, S, seed), k, chosen, k_also, pre_bias, rule = drawn  # noqa: E741
     inputs = tensors(B, D, O, S, seed)
     also = None if chosen is None else torch.tensor(sorted(chosen), dtype=torch.int64)
-    ours, theirs = (
-        run(module, inputs, k, also, k_also, pre_bias, rule) for module in (ops.BACKENDS[backend], reference)
-    )
+    ours, theirs = (run(module, inputs, k, also, k_also, pre_bias, rule) for module in (ops.load(backend), reference))
     generator = torch.Generator().manual_seed(seed + 1)
     for name, a, b in zip(OUTPUTS, ours, theirs, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -85,7 +94,7 @@ def test_all_outputs_together_give_the_reference_gradients(backend):
     """The gradients of several outputs share buffers; one alone does not show whether they add up."""
     inputs, also = tensors(9, 5, 4, 12, 7), torch.tensor([0, 3, 4, 11])
     sums = []
-    for module in (ops.BACKENDS[backend], reference):
+    for module in (ops.load(backend), reference):
         outputs = run(module, inputs, 3, also, 2)
         sums.append(torch.autograd.grad(sum((o.square()).sum() for o in outputs), inputs))
     for of, g, h in zip(INPUTS, *sums, strict=True):
@@ -96,7 +105,7 @@ def test_all_outputs_together_give_the_reference_gradients(backend):
 def test_all_negative_pre_activations_give_nothing_and_pass_no_gradient(backend):
     x, W_enc, _, W_dec, b_pre = tensors(4, 3, 3, 6, 0)
     b_enc = torch.full((6,), -100.0, dtype=torch.float64, requires_grad=True)
-    outputs = run(ops.BACKENDS[backend], (x, W_enc, b_enc, W_dec, b_pre), 3, torch.tensor([1, 5]), 1)
+    outputs = run(ops.load(backend), (x, W_enc, b_enc, W_dec, b_pre), 3, torch.tensor([1, 5]), 1)
     silent = [outputs[0], outputs[1], outputs[3], outputs[4]]
     assert not any(output.any() for output in silent) and outputs[2].all()
     total = sum(output.sum() for output in silent)
@@ -111,7 +120,7 @@ def test_repeated_rows_and_ties_decode_to_the_reference(backend):
     W_enc, W_dec, b_enc = (t.detach().repeat(2, *[1] * (t.ndim - 1)).requires_grad_() for t in (W_enc, W_dec, b_enc))
     repeated = x.detach()[[0, 0, 1, 1, 2]].requires_grad_()
     inputs = (repeated, W_enc, b_enc, W_dec, b_pre)
-    ours, theirs = (run(module, inputs, 3)[1] for module in (ops.BACKENDS[backend], reference))
+    ours, theirs = (run(module, inputs, 3)[1] for module in (ops.load(backend), reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     found, expected = (torch.autograd.grad(o.square().sum(), [repeated, b_pre]) for o in (ours, theirs))
     for g, h in zip(found, expected, strict=True):
@@ -121,7 +130,7 @@ def test_repeated_rows_and_ties_decode_to_the_reference(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_of_equal_pre_activations_no_more_than_k_are_kept(backend):
     pre = torch.tensor([[1.0, 2, 2, 2, 0], [3, 3, 3, 3, 3], [-1, -1, -1, -1, -1], [0, 0, 1, 0, 0]], requires_grad=True)
-    kept = ops.BACKENDS[backend].keep_topk(pre, 2)
+    kept = ops.load(backend).keep_topk(pre, 2)
     assert kept.count_nonzero(dim=1).tolist() == [2, 2, 0, 1]
     assert kept.sum(dim=1).tolist() == [4, 6, 0, 1]
     (gradient,) = torch.autograd.grad(kept.sum(), pre)
@@ -139,28 +148,29 @@ def test_of_equal_pre_activations_no_more_than_k_are_kept(backend):
 )
 def test_each_rule_selects_what_it_says(backend, rule, kept):
     rows, kept = torch.tensor([[-4.0, -1, 3, 0.5], [-4, -3, -2, -1]]), torch.tensor(kept)
-    codes = ops.BACKENDS[backend].encode_topk(rows, torch.eye(4), torch.zeros(4), 2, None, torch.arange(4), rule)
+    codes = ops.load(backend).encode_topk(rows, torch.eye(4), torch.zeros(4), 2, None, torch.arange(4), rule)
     assert torch.equal(torch.zeros(2, 4).scatter_add(1, codes.indices, codes.values), kept)
-    assert torch.equal(ops.BACKENDS[backend].keep_topk(codes.also, 2, rule), kept)
+    assert torch.equal(ops.load(backend).keep_topk(codes.also, 2, rule), kept)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_of_several_blocks_equals_the_reference(backend, rule, monkeypatch):
+def test_a_batch_of_several_blocks_equals_the_reference(rule, monkeypatch):
     """A CPU encodes in blocks of rows over one buffer; here the last block is not full."""
     monkeypatch.setattr(portable, "BUFFER_ELEMENTS", 256 * 24)
     inputs, also = tensors(600, 6, 5, 24, 3), torch.tensor([2, 3, 20])
-    ours, theirs = (run(module, inputs, 4, also, 2, rule=rule) for module in (ops.BACKENDS[backend], reference))
+    ours, theirs = (run(module, inputs, 4, also, 2, rule=rule) for module in (portable, reference))
     for name, a, b in zip(OUTPUTS, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", ["portable", pytest.param("triton", marks=(pytest.mark.needs("interpreter"), pytest.mark.heavy))]
+)
 def test_gradcheck_by_finite_differences(backend, rule):
     """Guards against a reference that is wrong in the same way."""
     inputs, also = tensors(3, 4, 5, 7, 2), torch.tensor([0, 6])
-    assert torch.autograd.gradcheck(lambda *t: tuple(run(ops.BACKENDS[backend], t, 3, also, rule=rule)), inputs)
+    assert torch.autograd.gradcheck(lambda *t: tuple(run(ops.load(backend), t, 3, also, rule=rule)), inputs)
 
 
 def test_the_same_bits_every_time():
@@ -174,18 +184,41 @@ def test_the_same_bits_every_time():
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_lowers_the_encoder_alone(backend):
+def test_autocast_lowers_the_encoder_alone():
     """Selected values come from a bfloat16 product, in the type of the input; decoding stays in full precision."""
     x, W_enc, b_enc, W_dec, _ = tensors(32, 16, 16, 64, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        values, indices, _ = ops.BACKENDS[backend].encode_topk(x, W_enc, b_enc, 4)
-        decoded = ops.BACKENDS[backend].decode(values, indices, W_dec)
+        values, indices, _ = portable.encode_topk(x, W_enc, b_enc, 4)
+        decoded = portable.decode(values, indices, W_dec)
     assert values.dtype == decoded.dtype == torch.float32
     assert torch.equal(values, values.bfloat16().float())
     exact = (x @ W_enc.T + b_enc).gather(1, indices).relu()
     torch.testing.assert_close(values, exact, rtol=2e-2, atol=2e-2)
-    assert torch.equal(decoded, ops.BACKENDS[backend].decode(values, indices, W_dec))
+    assert torch.equal(decoded, portable.decode(values, indices, W_dec))
+
+
+@pytest.mark.needs("interpreter")
+def test_autocast_lowers_what_the_kernels_read_and_not_what_they_sum():
+    """Vectors, rows and output gradients in bfloat16, everything else in float32: close to float64 by as much."""
+    inputs, also = tensors(7, 16, 16, 24, 4, torch.float32), torch.tensor([1, 5, 20])
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = ops.load("triton").encode_topk(*inputs[:3], 4, inputs[4], also)
+        decoded, besides = ops.load("triton").decode_also(codes.values, codes.indices, inputs[3], codes.also, also)
+    assert all(t.dtype == torch.float32 for t in (codes.values, codes.also, decoded, besides))
+    assert torch.equal(codes.values, codes.values.bfloat16().float())
+    # the same selection in float64: a near tie may fall the other way
+    x, W_enc, b_enc, W_dec, b_pre = exact
+    pre = (x - b_pre) @ W_enc.T + b_enc
+    values = pre.gather(1, codes.indices).relu()
+    dense = torch.zeros_like(pre).scatter_add(1, codes.indices, values)
+    expected = dense @ W_dec, pre[:, also] @ W_dec[also]
+    for a, b in ((decoded, expected[0]), (besides, expected[1])):
+        assert (a - b).norm() < 0.01 * b.norm()
+    found = torch.autograd.grad(decoded.square().sum() + besides.square().sum(), inputs)
+    wanted = torch.autograd.grad(expected[0].square().sum() + expected[1].square().sum(), exact)
+    for name, g, h in zip(INPUTS, found, wanted, strict=True):
+        assert g.dtype == torch.float32 and 0 < (g - h).norm() < 0.02 * h.norm(), name
 
 
 def test_no_matrix_of_all_pre_activations_is_kept_for_backward():
@@ -206,7 +239,7 @@ def test_what_was_encoded_in_inference_mode_does_not_disturb_what_comes_after():
 
 
 def test_forcing_a_backend_that_is_not_there_names_those_that_are():
-    with pytest.raises(ValueError, match=r"'warp'; choose one of auto, portable, reference"):
+    with pytest.raises(ValueError, match=r"'warp'; choose one of auto, portable, triton, reference"):
         ops.set_backend("warp")
 
 
