@@ -75,8 +75,8 @@ class TrainConfig(Generic[DictionaryConfig]):
     """Device to train on; under torchrun, cuda means each process's own."""
     latent_parts: int = 1
     """Under torchrun: how many processes hold a part of the latents each; the others share the rows."""
-    ops: Literal["auto", "portable", "reference"] = "auto"
-    """Implementation of the inner operations; auto takes the fastest for the device."""
+    ops: Literal["auto", "portable", "triton", "reference"] = "auto"
+    """Implementation of the inner operations; auto takes the fastest: triton on a GPU, portable elsewhere."""
 
     FREE: ClassVar[tuple[str, ...]] = (
         *("verify_reads", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb"),

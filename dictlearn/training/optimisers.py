@@ -1,16 +1,21 @@
 """Update rules, their rates, and the moving average of the weights.
 
-Adam is torch's fused one. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum
-of a weight matrix by the nearest matrix with equal singular values; its step is scaled to the size of an Adam step (Liu
-et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate does for both.
+Adam is torch's fused one; where a backend leaves a gradient row by row (`dictlearn.ops.row_gradients`), it makes the
+update too, in torch's state. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the
+momentum of a weight matrix by the nearest matrix with equal singular values; its step is scaled to the size of an Adam
+step (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate does for both.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from dictlearn.dictionaries.base import Dictionary
+from dictlearn.ops import row_gradients
 from dictlearn.training.optimiser_config import OptimiserConfig
 
 
@@ -51,8 +56,14 @@ class Optimiser:
         return rate
 
     def zero_grad(self) -> None:
+        row_gradients.drop(self._named.values())
         for parameter in self._named.values():
             parameter.grad = None
+
+    @property
+    def updates_rows_of(self) -> list[Tensor]:
+        """The weight matrices whose gradient may come as a row gradient: those that Adam updates."""
+        return [p for p in self._named.values() if p.ndim == 2 and self._config.rule == "adam"]
 
     @property
     def conditional(self) -> bool:
@@ -62,9 +73,15 @@ class Optimiser:
     def step(self, finite: Tensor | None = None) -> None:
         """Update the parameters; where ``finite`` () bool, on their device, is false, nothing is changed."""
         for part in self._parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    gradient = row_gradients.of(parameter)
+                    if gradient is not None:
+                        _update_rows(parameter, gradient, part.state[parameter], group, finite)
             # read by torch's fused Adam
             part.found_inf = None if finite is None else (~finite).float()  # type: ignore[attr-defined]
             part.step()
+        increment_version([p for p in self.parameters if p.grad is not None])  # which the fused one does not raise
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as ``parameter.moment``; empty before the first step."""
@@ -88,6 +105,23 @@ class Optimiser:
                         part.state[parameter] = {
                             key: value.to(parameter.device).clone() for key, value in moments.items()
                         }
+
+
+@torch.no_grad()
+def _update_rows(
+    parameter: Tensor,
+    gradient: row_gradients.RowGradient,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    finite: Tensor | None,
+) -> None:
+    """What torch's Adam would do with the dense gradient, in its own state."""
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["step"] += 1 if finite is None else finite
+    step = row_gradients.AdamStep(group["lr"], group["betas"], group["eps"], state["step"], finite)
+    gradient.update(parameter, state["exp_avg"], state["exp_avg_sq"], step)
 
 
 class Average:

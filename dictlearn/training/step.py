@@ -4,7 +4,8 @@
     count what fired
 
 On a GPU the host does not wait for any of it (`dictlearn.ops.ahead`). What it decides elsewhere is decided on the
-device: how much of a gradient is clipped, and whether the update is made at all.
+device: how much of a gradient is clipped, and whether the update is made at all. Nor are the gradients of the weight
+matrices written there: Adam sums and uses them row by row (`dictlearn.ops.row_gradients`).
 
 Several processes share a batch, or the latents, through `dictlearn.ops`: gradients are averaged after the backward
 pass, and norms summed, where there is more than one.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dictlearn import ops
 from dictlearn.dictionaries.base import Dictionary, Loss, Update
+from dictlearn.ops import row_gradients
 from dictlearn.ops.ahead import LAG
 from dictlearn.training.finite import NotFinite, Unread
 from dictlearn.training.optimisers import Average, Optimiser
@@ -86,13 +88,17 @@ def take_step(member: Member, x: Tensor, target: Tensor | None, step: int, steps
     dictionary.schedule(step, steps)
     rate = optimiser.set_rate(step, steps)
     optimiser.zero_grad()
-    loss = backward(member, x, target)
+    by_row = member.accumulate == 1 and not ops.ranks().several
+    with row_gradients.wanted_for(optimiser.updates_rows_of if by_row else ()):
+        loss = backward(member, x, target)
+    row_gradients.settle(optimiser.parameters)
     ops.ranks().average_gradients(optimiser.parameters)
     dictionary.project_gradients()
     norm = clip(member)
     waits = not (ops.runs_ahead(x.device) and optimiser.conditional)
     finite = member.unread.add(step, loss, norm, x, target, waits)
     optimiser.step(finite)
+    norm = norm if member.gradient_clip > 0 else with_rows(norm, member)
     extras = dictionary.after_update(Update(optimiser, step, steps, member.generator, x, target, loss, finite))
     dictionary.observe(loss.codes)
     if member.average is not None:
@@ -138,7 +144,11 @@ def _joined(parts: list[Loss]) -> Loss:
 
 @torch.no_grad()
 def clip(member: Member) -> Tensor:
-    """Clip the whole gradient; returns its norm before clipping."""
+    """Clip the whole gradient; returns its norm before clipping.
+
+    Where nothing is to be clipped the norm of row gradients is not in it: it is known for nothing after the update
+    (`with_rows`), and what it is asked for before, whether all is finite, is cheaper to have.
+    """
     split = member.dictionary.latent_tensors
     named = {name: p.grad for name, p in member.dictionary.named_parameters() if p.grad is not None}
     parts = [grad for name, grad in named.items() if name in split]
@@ -146,9 +156,29 @@ def clip(member: Member) -> Tensor:
     squares = sum((torch.linalg.vector_norm(grad).square() for grad in parts), next(iter(named.values())).new_zeros(()))
     squares = ops.total_over_latents(squares)
     squares = sum((torch.linalg.vector_norm(grad).square() for grad in whole), squares)
+    for parameter, gradient in _row_gradients(member):
+        squares = squares + (gradient.squares(parameter).sum() if member.gradient_clip > 0 else 0 * gradient.trace())
     norm = squares.sqrt()
     if member.gradient_clip > 0 and ops.runs_ahead(norm.device):
-        torch._foreach_mul_(list(named.values()), (member.gradient_clip / norm).clamp(max=1.0))
+        factor = (member.gradient_clip / norm).clamp(max=1.0)
+        torch._foreach_mul_(list(named.values()), factor)
     elif 0 < member.gradient_clip < norm:
-        torch._foreach_mul_(list(named.values()), float(member.gradient_clip / norm))
+        factor = member.gradient_clip / norm
+        torch._foreach_mul_(list(named.values()), float(factor))
+    else:
+        return norm
+    for _, gradient in _row_gradients(member):
+        gradient.factor = factor
     return norm
+
+
+@torch.no_grad()
+def with_rows(norm: Tensor, member: Member) -> Tensor:
+    """After the update: the norm of the whole gradient, from that of all but the row gradients."""
+    squares = [gradient.squares(parameter).sum() for parameter, gradient in _row_gradients(member)]
+    return torch.stack([norm.square(), *squares]).sum().sqrt() if squares else norm
+
+
+def _row_gradients(member: Member) -> list[tuple[Tensor, row_gradients.RowGradient]]:
+    found = [(parameter, row_gradients.of(parameter)) for parameter in member.dictionary.parameters()]
+    return [(parameter, gradient) for parameter, gradient in found if gradient is not None]
