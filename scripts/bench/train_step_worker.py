@@ -43,10 +43,12 @@ class Implementation:
 
     Attributes:
         packages: whose versions are shown.
+        device: where the model is made; rows come from there.
         model: has the parameters that are learned.
     """
 
     packages: tuple[str, ...] = ("torch",)
+    device: ClassVar[str] = "cpu"
     model: torch.nn.Module
 
     def __init__(self, d_in: int, d_sae: int, k: int, learning_rate: float, first_rows: Tensor) -> None:
@@ -147,6 +149,7 @@ class EncoderGEMM(Implementation):
 
 class SAELens(Implementation):
     packages = ("torch", "sae-lens")
+    autocast: ClassVar[bool] = False
     choices: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, d_in: int, d_sae: int, k: int, learning_rate: float, first_rows: Tensor) -> None:
@@ -155,9 +158,17 @@ class SAELens(Implementation):
         from sae_lens.training.sae_trainer import SAETrainer
 
         rows = len(first_rows)
-        config = SAETrainerConfig(MANY_STEPS * rows, rows, lr=learning_rate, lr_end=learning_rate / 10)
+        config = SAETrainerConfig(
+            MANY_STEPS * rows,
+            rows,
+            lr=learning_rate,
+            lr_end=learning_rate / 10,
+            device=self.device,
+            autocast=self.autocast,
+        )
         torch.manual_seed(0)
-        self.model = sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, **self.choices))
+        sae_config = TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, device=self.device, **self.choices)
+        self.model = sae = TopKTrainingSAE(sae_config)
         self.trainer = SAETrainer(config, sae, data_provider=iter(()))
 
     def hold_dead(self, dead_S: Tensor) -> None:
@@ -214,14 +225,16 @@ class Sparsify(Implementation):
     packages = ("torch", "eai-sparsify")
 
     def __init__(self, d_in: int, d_sae: int, k: int, learning_rate: float, first_rows: Tensor) -> None:
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+        if self.device == "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
         from sparsify import SparseCoder, SparseCoderConfig
 
         torch.manual_seed(0)
-        self.model = self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), dtype=torch.float32)
+        config = SparseCoderConfig(num_latents=d_sae, k=k)
+        self.model = self.coder = SparseCoder(d_in, config, device=self.device, dtype=torch.float32)
         self.coder.b_dec.data = first_rows.mean(0)
         self.optimiser = torch.optim.Adam(self.coder.parameters(), lr=learning_rate)
-        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.long)
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
         self.dead_after = 10_000_000
 
     def hold_dead(self, dead_S: Tensor) -> None:
@@ -231,7 +244,7 @@ class Sparsify(Implementation):
         coder = self.coder
         coder.set_decoder_norm_to_unit_norm()
         out = coder(x=x, y=x, dead_mask=self.tokens_since_fired > self.dead_after)
-        fired = torch.zeros(coder.num_latents, dtype=torch.bool)
+        fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=self.device)
         fired[out.latent_indices.flatten()] = True
         shown = float(out.fvu.detach()), float(out.auxk_loss.detach())
         (out.fvu + AUXK_WEIGHT * out.auxk_loss + out.multi_topk_fvu / 8).backward()
