@@ -125,7 +125,7 @@ def product_with_maxima(x_BD: Tensor, W_SD: Tensor, b_S: Tensor, tiling: Tiling 
     tiles = triton.cdiv(B, tiling.rows) * triton.cdiv(S, tiling.latents)
     _product_with_maxima[(min(tiles, tiling.programs * _multiprocessors(x_BD.device)),)](
         x, W, b_S, pre, maxima_BG, B, S, D, maxima_BG.shape[1],
-        described, *tiling[:4], interpreted, num_stages=tiling.stages, num_warps=tiling.warps,
+        described, *tiling[:4], S % GROUP != 0, interpreted, num_stages=tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip
     return pre_BS, maxima_BG
 
@@ -335,7 +335,7 @@ def _groups_of_row(pre, groups, row, S, G, first, GROUPS: tl.constexpr, BY_MAGNI
 def _product_with_maxima(
     x, W, b, pre, maxima, B, S, D, G,
     DESCRIBED: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    RAGGED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Each program goes through every so many of the tiles; the next one's first inputs come while one is written."""
     tiles_of_rows = tl.cdiv(B, ROWS)
@@ -355,12 +355,12 @@ def _product_with_maxima(
                 x_rd, W_ld = x_rd.to(tl.float32), W_ld.to(tl.float32)
             pre_rl = tl.dot(x_rd, W_ld.T, pre_rl, input_precision="ieee")
         if LATENTS == _GROUP:
-            _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED)
+            _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED, RAGGED)
         else:  # in two halves, since shared memory has no room for both beside the next tile's inputs
             HALF: tl.constexpr = LATENTS // 2
             left_rl, right_rl = tl.split(tl.permute(tl.reshape(pre_rl, [ROWS, 2, HALF]), [0, 2, 1]))
-            _finish(left_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED)
-            _finish(right_rl, b, pre, maxima, row, latent + HALF, B, S, G, DESCRIBED)
+            _finish(left_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED, RAGGED)
+            _finish(right_rl, b, pre, maxima, row, latent + HALF, B, S, G, DESCRIBED, RAGGED)
 
 
 @triton.jit
@@ -376,7 +376,7 @@ def _tile(matrix, row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED: tl.constexpr):
+def _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED: tl.constexpr, RAGGED: tl.constexpr):
     """Add the bias, write the tile, and write the maxima of its groups."""
     ROWS: tl.constexpr = pre_rl.shape[0]
     LATENTS: tl.constexpr = pre_rl.shape[1]
@@ -389,7 +389,7 @@ def _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED: tl.constexp
     else:
         there_rl = (row_r1 < B) & (latent_l < S)[None, :]
         tl.store(pre + row_r1.to(tl.int64) * S + latent_l[None, :], pre_rl, mask=there_rl)
-    if S % _GROUP != 0:
+    if RAGGED:
         pre_rl = tl.where((latent_l < S)[None, :], pre_rl, float("-inf"))
     # rounding keeps order, so the largest may be rounded after it is found
     maxima_rg = tl.reduce(tl.reshape(pre_rl, [ROWS, GROUPS, _GROUP]), 2, _larger)

@@ -102,6 +102,7 @@ CASES: dict[str, Operation] = {
     "select 64 of 65536, float32": select(65536, 64, FP32),
     "select 64 of 65536, float64": select(65536, 64, FP64),
     "select 256 of 65536, float32": select(65536, 256, FP32),
+    "select 1 of 64": select(64, 1, FP32),
     "select 64 of 65536 by magnitude": select(65536, 64, BF16, "magnitude"),
     "keep 384 of 2458": keep_topk(2458, 384, BF16),
     "keep 1152 of 6560": keep_topk(6560, 1152, BF16),
@@ -113,6 +114,7 @@ CASES: dict[str, Operation] = {
     "product, rows at odd places": product(24570, 770, BF16),
     "product, two programs on a multiprocessor": product(65536, 2304, BF16, 128, 128, 64, 16, 3, 4, 2),
     "product, float32": product(65536, 2304, FP32),
+    "product, width 1 and one latent": product(1, 1, BF16),
 }
 CONTAINS = {
     **{
@@ -124,16 +126,18 @@ CONTAINS = {
     "select 64 of 65536": {"_group_maxima": ["LDG.E.128"], "_choose_groups": ["LDG.E.128"]},
     "select 64 of 65536, float32": {"_group_maxima": ["LDG.E.128"]},
     "keep 2048 of 16384": {"_keep_topk": ["LDG.E.128", "STG.E.128"]},
-    "product, width 2304": {"_product_with_maxima": ["HGMMA", OVERLAPPED, "UTMALDG", "UTMASTG"]},
+    "product, width 2304": {"_product_with_maxima": ["HGMMA", OVERLAPPED, "UTMALDG", "UTMASTG", "FMNMX.NAN"]},
     "product, rows at odd places": {"_product_with_maxima": ["HGMMA"]},
     "product, two programs on a multiprocessor": {"_product_with_maxima": ["HGMMA", OVERLAPPED, "UTMALDG"]},
 }
-"""What the code of a kernel must have: 16-byte loads and stores, tensor cores, the copying unit."""
+"""What the code of a kernel must have: 16-byte loads and stores, tensor cores, the copying unit, maxima of NaN."""
 
 REGISTERS = {"_choose_groups": 128, "_select_elements": 128, "_keep_topk": 128}
 """At most, so that at least 16 of the 64 warps that a multiprocessor can have are there to hide each other's waits."""
 
 HEAVY = {
+    "select 1 of 64",
+    "product, width 1 and one latent",
     "pairs, 768 wide",
     "pairs, 4096 wide",
     "pairs, 2304 wide, float32",
