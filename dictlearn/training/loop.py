@@ -150,6 +150,7 @@ def train(
                     if saves and go_on(members):
                         checkpoints.save(step, position, members)
                         saved = step
+                    del results, found  # what they hold of this batch makes room for the next step
                 if processes.any(interruption.asked):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
