@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +229,7 @@ def operations(ask: Ask) -> None:
 
 
 class Replayed:
-    """The reference with a selection that was made elsewhere: an operations backend."""
+    """An operations backend: the reference, with a selection that was made elsewhere."""
 
     def __init__(self, indices_BK: Tensor) -> None:
         self.indices_BK = indices_BK
@@ -247,9 +247,8 @@ class Replayed:
             self.missed = float(missed_B.max() / chosen_BK.square().mean().sqrt())
         return TopKCodes(chosen_BK.relu(), self.indices_BK, None if also is None else pre_BS[:, also])
 
-    keep_topk = staticmethod(reference.keep_topk)
-    decode = staticmethod(reference.decode)
-    decode_also = staticmethod(reference.decode_also)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
 
 
 def state_of(ours: Ours) -> dict[str, Tensor]:
@@ -275,7 +274,7 @@ def exact_gradients(
     exact.subtracts_b_dec = True
     exact.rows_since_fired.copy_(dead_S * (exact.config.dead_after_rows + 1))
     replayed = Replayed(taken.loss.codes.indices)
-    ops.BACKENDS["replayed"] = lambda: replayed
+    ops.BACKENDS["replayed"] = lambda: cast(ops.Backend, replayed)
     try:
         ops.set_backend("replayed")
         loss = exact.loss(x.double())

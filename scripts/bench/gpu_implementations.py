@@ -150,6 +150,7 @@ class Ours:
 
     def step(self, x: Tensor) -> Tensor:
         ops.set_backend(self.way.backend)
+        self.taken = None  # the next step needs the room
         self.taken = take_step(self.member, x, None, self.steps, MANY_STEPS)
         self.steps += 1
         return self.taken.loss.total.detach()

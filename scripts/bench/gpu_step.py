@@ -52,7 +52,7 @@ NO_GPU = (
     "There is no GPU here, so nothing is measured. Run this on a machine with one, or with --interpret to see that all "
     "of it runs."
 )
-STEPS = {768: 10, 2304: 4, 4096: 2}
+STEPS = {768: 20, 2304: 6, 4096: 3}
 """Steps in a round, by width: as many as last long beside a launch."""
 TINY = (Size(12, 66, 2, 3),)
 """In the interpreter."""
@@ -94,7 +94,7 @@ def plan(sizes: tuple[Size, ...]) -> list[list[Lane]]:
                 *each("ways", 15, 20, 25),
                 *each("kernels", 20, 20, 25),
                 *each("graphs", 10, 10, 10),
-                *each("precision", 15, 20, 25),
+                *each("precision", 15, 25, 40),
                 *each("uniform", 12, 15, 20),
             ]
         ],
