@@ -137,6 +137,9 @@ REGISTERS = {"_choose_groups": 128, "_select_elements": 128, "_keep_topk": 128}
 
 HEAVY = {
     "select 1 of 64",
+    "select 32 of 24576",
+    "select 64 of 65536, float32",
+    "product, float32",
     "product, width 1 and one latent",
     "pairs, 768 wide",
     "pairs, 4096 wide",
