@@ -36,6 +36,7 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import MatchingPursuitConfig
+from dictlearn.dictionaries.dead_latents import Dead
 from dictlearn.dictionaries.scaling import LEAST, scalings
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
 from dictlearn.dictionaries.unit_rows import drop_gradient_along, restore_norms
@@ -94,9 +95,10 @@ class MatchingPursuit(Dictionary):
             total = mse = pursuit.residual.square().mean()
             output_BD = (x_BD - pursuit.residual).detach()
             terms = {"mse": mse.detach()}
-            dead_S = self.rows_since_fired > self.config.dead_after_rows
-            if self.config.revive_weight > 0 and dead_S.any():
-                left = self._left_by(self.W[dead_S], pursuit.residual.detach())
+            revives = self.config.revive_weight > 0
+            dead = self.dead_latents.of(self.rows_since_fired, self.config.dead_after_rows) if revives else None
+            if dead is not None:
+                left = dead.term(self._left_by(dead, pursuit.residual.detach()))
                 terms["revive"] = left.detach()
                 total = mse + self.config.revive_weight * left
         return Loss(total, terms, self._codes(pursuit).detach(), self.target_scaling.undo(output_BD))
@@ -135,13 +137,13 @@ class MatchingPursuit(Dictionary):
     def _pursue(self, x_BD: Tensor) -> Pursuit:
         return Pursuit(*_Pursue.apply(x_BD - self.b_dec, self.W, self.k, self.tolerance, self.config.stops_on_repeat))
 
-    def _left_by(self, dead_AD: Tensor, residual_BD: Tensor) -> Tensor:
+    def _left_by(self, dead: Dead, residual_BD: Tensor) -> Tensor:
         """() share of the residuals' squares that one more step, among the dead atoms alone, would leave.
 
         Each row pulls the dead atom that is nearest to what is left of it, so that they part; the term that the paper
         and its authors' library have, the mean product of residuals and dead atoms, pulls all of them one way.
         """
-        taken_B = (residual_BD @ dead_AD.T).amax(dim=1).relu()
+        taken_B = dead.only(residual_BD @ self.W[dead.latents].T).amax(dim=1).relu()
         whole = ops.mean_over_rows(residual_BD.square().sum(dim=1).mean()).clamp_min(LEAST)
         return 1 - taken_B.square().mean() / whole
 
@@ -199,8 +201,8 @@ def _pursue_block(
         if stops_on_repeat:
             chosen_BT = (indices_BT == j_B[:, None]) & (coefficients_BT > 0)
             goes_B &= ~chosen_BT.any(dim=1)
-        if not goes_B.any():
-            break
+        if not ops.runs_ahead(goes_B.device) and not goes_B.any():
+            break  # what follows changes nothing
         c_B = c_B * goes_B
         residual_BD = residual_BD - c_B[:, None] * atoms_BD
         coefficients_BT[:, step], indices_BT[:, step] = c_B, j_B * goes_B

@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from activation_store.errors import UserError
 from dictlearn import ops
-from dictlearn.dictionaries import configs, dictionary_class
+from dictlearn.dictionaries import REGISTRY, configs, dictionary_class
 from dictlearn.dictionaries.dead_latents import DeadLatents
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops.ahead import LAG, Arriving
@@ -44,6 +45,8 @@ SINGLE = {
     "gated": configs.GatedConfig(d_sae=200),
     "batchtopk": configs.BatchTopKConfig(d_sae=200, k=20, **DEAD),
     "matryoshka": configs.MatryoshkaConfig(d_sae=200, k=20, **DEAD),
+    "mp": configs.MatchingPursuitConfig(d_sae=200, k=3, revive_weight=0.1, **DEAD),
+    "icfl": configs.ICFLConfig(d_sae=200, rounds=2, width=2, whiten=False),
 }
 SEVERAL = {
     "skip": configs.SkipConfig(d_sae=200, k=3, **DEAD),
@@ -52,6 +55,8 @@ SEVERAL = {
 }
 ASKS = {"batchtopk": 1, "matryoshka": 2}
 """What kinds with a number of active latents that no row knows by itself ask their device for in a step."""
+WAITS = {"snmf"}
+"""Sweeps over rows until none moves; it is there for a factorisation of few rows, on a CPU."""
 D, ROWS = 12, 64
 
 
@@ -81,9 +86,10 @@ def member(case: str = "topk", optimiser: OptimiserConfig | None = None, device:
     dictionary = dictionary_class(config.kind)(config, *widths)
     generator = torch.Generator().manual_seed(1)
     x, target = batch(case, 1000)
-    dictionary.initialise(x, target, generator, None)
+    control = SimpleNamespace(mean=x.mean(dim=0).numpy(), second_moment=None)
+    dictionary.initialise(x, target, generator, control)
     with torch.no_grad():  # some latents that hardly fire
-        dictionary.b_enc[::3] -= 3
+        getattr(dictionary, "b_enc", torch.zeros(1))[::3] -= 3
     optimiser = optimiser or OptimiserConfig(learning_rate=3e-3)
     average = Average(optimiser.averaging, dictionary) if optimiser.averaging else None
     dictionary.to(device)
@@ -167,11 +173,16 @@ def asked(monkeypatch) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def dense() -> Iterator[None]:
+def dense(monkeypatch) -> Iterator[None]:
     """The operations as plain torch: those for a CPU have ways of their own."""
     ops.set_backend("reference")
+    monkeypatch.setattr("dictlearn.dictionaries.icfl.FEW", 0)
     yield
     ops.set_backend("auto")
+
+
+def test_no_kind_is_left_out():
+    assert {config.kind for config in (SINGLE | SEVERAL).values()} | WAITS == set(REGISTRY)
 
 
 @pytest.mark.parametrize("case", [*SINGLE, *SEVERAL])
