@@ -57,27 +57,25 @@ class TopK(TwoMatrices):
         if wide:
             wide_BO = ops.decode(values_BK, indices_BK, self.W_dec) + without_codes
             values_BK, indices_BK = self._largest(values_BK, indices_BK)
-        if dead is None or dead_pre_BA is None:
-            rebuilt_BO = ops.decode(values_BK, indices_BK, self.W_dec)
-        else:
+        dead_BA = dead_A = None
+        if dead is not None and dead_pre_BA is not None:
             dead_BA = ops.keep_topk(dead.only(dead_pre_BA), self.config.k_aux or max(1, self.d_in // 2), self.rule)
-            rebuilt_BO, revived_BO = ops.decode_also(values_BK, indices_BK, self.W_dec, dead_BA, dead.latents)
-        output_BO = rebuilt_BO + without_codes
-        error_BO = target_BO - output_BO
-        mse = error_BO.square().mean()
+            dead_A = dead.latents
+        mse, output_BO, revived_BO = ops.rebuild(
+            values_BK, indices_BK, self.W_dec, without_codes, target_BO, dead_BA, dead_A
+        )
         total, terms = self._fit(mse, target_BO, values_BK, indices_BK)
         if wide:
             multi = (target_BO - wide_BO).square().mean()
             terms["multi_topk"] = multi.detach()
             total = total + self.config.multi_topk_weight * multi
-        if dead is not None:
-            residual_BO = error_BO.detach()
-            auxk = (residual_BO - revived_BO).square().mean() / ops.mean_over_rows(mse.detach()).clamp_min(LEAST)
-            auxk = dead.term(auxk)
+        if dead is not None and revived_BO is not None:
+            scale = ops.mean_over_rows(mse.detach()).clamp_min(LEAST)
+            auxk = dead.term((target_BO - output_BO - revived_BO).square().mean() / scale)
             terms["auxk"] = auxk.detach()
             total = total + self.config.auxk_weight * auxk
         codes = Codes(indices_BK, values_BK.detach(), self.d_sae)
-        return Loss(total, terms, codes, self.target_scaling.undo(output_BO.detach(), x))
+        return Loss(total, terms, codes, self.target_scaling.undo(output_BO, x))
 
     def schedule(self, step: int, steps: int) -> None:
         """k: from ``k_start`` linearly to ``k`` over the first ``k_anneal_share`` of the run."""

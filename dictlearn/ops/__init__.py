@@ -5,9 +5,10 @@
     keep_largest_of_batch(values (B, K), k)      -> (B, K), the B k largest of all rows together, zeros elsewhere
     decode(values, indices, W_dec)               -> (B, d_out)
     decode_also(values, indices, W_dec, also (B, A), latents (A,)) -> the same, and also @ W_dec[latents]
+    rebuild(values, indices, W_dec, bias, target (B, d_out), ...)  -> the squared error of decode + bias, and both
 
-Both take a ``rule`` besides: "relu", the default, "magnitude" for the k largest by absolute value, with their sign, or
-"linear" for the k largest as they are.
+The first two take a ``rule`` besides: "relu", the default, "magnitude" for the k largest by absolute value, with their
+sign, or "linear" for the k largest as they are.
 
 What ``also`` is for: AuxK wants the pre-activations of the dead latents, densely. They come out of the encoder's one
 matrix product, and their gradients go into the one buffer that the selected latents' gradients go into.
@@ -31,10 +32,11 @@ import torch
 from torch import Tensor
 
 from dictlearn.ops.ranks import Ranks
-from dictlearn.ops.reference import Rule, TopKCodes
+from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes, compared
 
 __all__ = [
     "BACKENDS",
+    "Rebuilt",
     "Rule",
     "TopKCodes",
     "anywhere",
@@ -50,6 +52,7 @@ __all__ = [
     "mean_over_rows",
     "one_process",
     "ranks",
+    "rebuild",
     "run_ahead",
     "runs_ahead",
     "set_backend",
@@ -72,6 +75,17 @@ class Backend(Protocol):
     def decode_also(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, also: Tensor, latents: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+
+    def rebuild(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        bias: Tensor,
+        target: Tensor,
+        also: Tensor | None,
+        latents: Tensor | None,
+    ) -> Rebuilt: ...
 
 
 def _module(name: str) -> Callable[[], Backend]:
@@ -195,6 +209,24 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
 def decode_also(values: Tensor, indices: Tensor, W_dec: Tensor, also: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
     output, output_also = _backend(values).decode_also(values, indices, W_dec, also, latents)
     return _ranks.total(output), _ranks.total(output_also)
+
+
+def rebuild(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    also: Tensor | None = None,
+    latents: Tensor | None = None,
+) -> Rebuilt:
+    """See `dictlearn.ops.reference.rebuild`."""
+    if not _ranks.several:
+        return _backend(values).rebuild(values, indices, W_dec, bias, target, also, latents)
+    if also is None or latents is None:
+        return compared(decode(values, indices, W_dec), bias, target, None)
+    output, output_also = decode_also(values, indices, W_dec, also, latents)
+    return compared(output, bias, target, output_also)
 
 
 def latents_where(mask: Tensor) -> Tensor:

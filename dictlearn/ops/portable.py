@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dictlearn.ops import reference
-from dictlearn.ops.reference import Rule, TopKCodes
+from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes
 
 # torch says once that CSR tensors are in beta; the one documented function of them used here is stable
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -67,6 +67,20 @@ def decode_also(
 ) -> tuple[Tensor, Tensor]:
     """See `dictlearn.ops.reference.decode_also`."""
     return _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+
+
+def rebuild(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    W_dec_SO: Tensor,
+    bias: Tensor,
+    target_BO: Tensor,
+    also_BA: Tensor | None = None,
+    latents_A: Tensor | None = None,
+) -> Rebuilt:
+    """See `dictlearn.ops.reference.rebuild`."""
+    decoded_BO, also_BO = _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+    return reference.compared(decoded_BO, bias, target_BO, also_BO)
 
 
 class _KeepTopK(torch.autograd.Function):

@@ -30,6 +30,20 @@ class TopKCodes(NamedTuple):
     also: Tensor | None
 
 
+class Rebuilt(NamedTuple):
+    """What `rebuild` gives.
+
+    Attributes:
+        mse: () the mean squared error.
+        output: (B, O) what was compared with the target, detached.
+        also: (B, O) what the dense activations decode to; None when there were none.
+    """
+
+    mse: Tensor
+    output: Tensor
+    also: Tensor | None
+
+
 def encode_topk(
     x_BD: Tensor,
     W_enc_SD: Tensor,
@@ -75,3 +89,28 @@ def decode_also(
 ) -> tuple[Tensor, Tensor]:
     """`decode`, and beside it what the dense activations ``also_BA`` of the latents ``latents_A`` decode to."""
     return decode(values_BK, indices_BK, W_dec_SO), also_BA @ W_dec_SO[latents_A]
+
+
+def rebuild(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    W_dec_SO: Tensor,
+    bias: Tensor,
+    target_BO: Tensor,
+    also_BA: Tensor | None = None,
+    latents_A: Tensor | None = None,
+) -> Rebuilt:
+    """The mean squared error of `decode` plus a bias (O,) or (B, O), differentiable in values, W_dec and the bias.
+
+    With dense activations ``also_BA`` of the latents ``latents_A`` also what they decode to, as in `decode_also`.
+    """
+    if also_BA is None or latents_A is None:
+        return compared(decode(values_BK, indices_BK, W_dec_SO), bias, target_BO, None)
+    decoded_BO, also_BO = decode_also(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+    return compared(decoded_BO, bias, target_BO, also_BO)
+
+
+def compared(decoded_BO: Tensor, bias: Tensor, target_BO: Tensor, also_BO: Tensor | None) -> Rebuilt:
+    """What `rebuild` gives, of what has been decoded."""
+    output_BO = decoded_BO + bias
+    return Rebuilt((target_BO - output_BO).square().mean(), output_BO.detach(), also_BO)

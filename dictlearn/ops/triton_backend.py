@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dictlearn.ops import portable, reference, row_gradients
-from dictlearn.ops.reference import Rule, TopKCodes
-from dictlearn.ops.triton_pairs import Bags, bags, pair_products, sum_by_latent
+from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes
+from dictlearn.ops.triton_pairs import Bags, bags, errors, pair_products, sum_by_latent
 from dictlearn.ops.triton_pairs import decode as decode_pairs
 from dictlearn.ops.triton_select import fits, group_maxima, select, selects
 from dictlearn.ops.triton_select import keep_topk as keep_topk_of_rows
@@ -58,6 +58,20 @@ def decode_also(
 ) -> tuple[Tensor, Tensor]:
     """See `dictlearn.ops.reference.decode_also`."""
     return _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A, _wanted(W_dec_SO))
+
+
+def rebuild(
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    W_dec_SO: Tensor,
+    bias: Tensor,
+    target_BO: Tensor,
+    also_BA: Tensor | None = None,
+    latents_A: Tensor | None = None,
+) -> Rebuilt:
+    """See `dictlearn.ops.reference.rebuild`."""
+    wanted = _wanted(W_dec_SO)
+    return Rebuilt(*_Rebuild.apply(values_BK, indices_BK, W_dec_SO, bias, target_BO, also_BA, latents_A, wanted))
 
 
 class _KeepTopK(torch.autograd.Function):
@@ -152,15 +166,11 @@ class _Decode(torch.autograd.Function):
         wanted: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         stored_SO, values_BK, indices_BK = _stored(W_dec_SO), values_BK.contiguous(), indices_BK.contiguous()
-        output_also = None
-        with torch.autocast(values_BK.device.type, enabled=False):
-            if also_BA is not None and latents_A is not None:
-                also_BA = also_BA.to(stored_SO.dtype)
-                output_also = (also_BA @ stored_SO[latents_A]).to(values_BK.dtype)
+        also_BA, also_BO = _decoded_also(also_BA, latents_A, stored_SO, values_BK.dtype)
         ctx.save_for_backward(values_BK, indices_BK, stored_SO, also_BA, latents_A)
         ctx.set_materialize_grads(False)
         ctx.wanted = wanted
-        return decode_pairs(values_BK, indices_BK, stored_SO), output_also
+        return decode_pairs(values_BK, indices_BK, stored_SO), also_BO
 
     @staticmethod
     @once_differentiable
@@ -168,24 +178,91 @@ class _Decode(torch.autograd.Function):
         values_BK, indices_BK, stored_SO, also_BA, latents_A = ctx.saved_tensors
         if grad_BO is None and grad_also_BO is None:
             return (None,) * 6
-        grad_values = grad_also = besides_AO = None
-        if grad_also_BO is None:
-            latents_A = None
-        else:
-            grad_also_BO = grad_also_BO.to(stored_SO.dtype)
-            besides_AO = also_BA.T @ grad_also_BO
-            if ctx.needs_input_grad[3]:
-                grad_also = (grad_also_BO @ stored_SO[latents_A].T).to(values_BK.dtype)
+        grad_values = grad_W = None
+        besides_AO, grad_also = _gradients_also(ctx.needs_input_grad[3], grad_also_BO, also_BA, latents_A, stored_SO)
         if grad_BO is None:
             values_BK, grad_BO = torch.zeros_like(values_BK), stored_SO.new_zeros(len(values_BK), stored_SO.shape[1])
         grad_BO = grad_BO.to(stored_SO.dtype).contiguous()
         if ctx.needs_input_grad[0]:
             grad_values = pair_products(grad_BO, stored_SO, indices_BK).to(values_BK.dtype)
-        grad_W = None
         if ctx.needs_input_grad[2]:
             of = _bags(indices_BK, len(stored_SO))
+            latents_A = None if besides_AO is None else latents_A
             grad_W = _summed(PairGradient(of, values_BK, grad_BO, latents_A, besides_AO), ctx.wanted)
         return grad_values, None, grad_W, grad_also, None, None
+
+
+class _Rebuild(torch.autograd.Function):
+    """Decoding, bias, error and its square in one pass.
+
+    The gradient of the mean squared error by the output is -2 / (B O) times the error. So the error is kept as the
+    backward pass reads it, and the factor goes into what is summed over pairs, of which there are few.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        W_dec_SO: Tensor,
+        bias: Tensor,
+        target_BO: Tensor,
+        also_BA: Tensor | None,
+        latents_A: Tensor | None,
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        stored_SO, values_BK, indices_BK = _stored(W_dec_SO), values_BK.contiguous(), indices_BK.contiguous()
+        output_BO, errors_BO, squares = errors(
+            values_BK, indices_BK, stored_SO, bias.contiguous(), target_BO.contiguous()
+        )
+        also_BA, also_BO = _decoded_also(also_BA, latents_A, stored_SO, values_BK.dtype)
+        ctx.save_for_backward(values_BK, indices_BK, stored_SO, errors_BO, also_BA, latents_A)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output_BO)
+        ctx.wanted, ctx.of_row = wanted, bias.ndim == 2
+        return squares / output_BO.numel(), output_BO, also_BO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None, grad_also_BO: Tensor | None) -> tuple[Tensor | None, ...]:
+        values_BK, indices_BK, stored_SO, errors_BO, also_BA, latents_A = ctx.saved_tensors
+        if grad is None and grad_also_BO is None:
+            return (None,) * 8
+        grad = values_BK.new_zeros(()) if grad is None else grad.to(values_BK.dtype)
+        factor = grad * (-2 / errors_BO.numel())
+        grad_values = grad_W = grad_bias = None
+        besides_AO, grad_also = _gradients_also(ctx.needs_input_grad[5], grad_also_BO, also_BA, latents_A, stored_SO)
+        if ctx.needs_input_grad[0]:
+            grad_values = pair_products(errors_BO, stored_SO, indices_BK).to(values_BK.dtype) * factor
+        if ctx.needs_input_grad[2]:
+            of = _bags(indices_BK, len(stored_SO))
+            latents_A = None if besides_AO is None else latents_A
+            grad_W = _summed(PairGradient(of, values_BK * factor, errors_BO, latents_A, besides_AO), ctx.wanted)
+        if ctx.needs_input_grad[3]:
+            of_rows = errors_BO.to(values_BK.dtype) if ctx.of_row else errors_BO.sum(dim=0, dtype=values_BK.dtype)
+            grad_bias = of_rows * factor
+        return grad_values, None, grad_W, grad_bias, None, grad_also, None, None
+
+
+def _decoded_also(
+    also_BA: Tensor | None, latents_A: Tensor | None, stored_SO: Tensor, kind: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The dense activations as the product reads them, and what they decode to."""
+    if also_BA is None or latents_A is None:
+        return None, None
+    also_BA = also_BA.to(stored_SO.dtype)
+    with torch.autocast(also_BA.device.type, enabled=False):
+        return also_BA, (also_BA @ stored_SO[latents_A]).to(kind)
+
+
+def _gradients_also(
+    needed: bool, grad_BO: Tensor | None, also_BA: Tensor | None, latents_A: Tensor | None, stored_SO: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of what `_decoded_also` decodes: the gradients (A, O) of the latents' vectors and (B, A) of their activations."""
+    if grad_BO is None or also_BA is None:
+        return None, None
+    low_BO = grad_BO.to(stored_SO.dtype)
+    return also_BA.T @ low_BO, (low_BO @ stored_SO[latents_A].T).to(grad_BO.dtype) if needed else None
 
 
 def _wanted(weight: Tensor) -> Tensor | None:

@@ -86,6 +86,43 @@ def decode(values_BK: Tensor, indices_BK: Tensor, W_SO: Tensor) -> Tensor:
     return out_BO
 
 
+def errors(
+    values_BK: Tensor, indices_BK: Tensor, W_SO: Tensor, bias: Tensor, target_BO: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode` plus a bias (O,) or (B, O), compared with a target.
+
+    Returns:
+        the output (B, O) in the type of the values, target minus output (B, O) in that of the vectors, and the sum of
+        its squares ().
+    """
+    (B, K), width = indices_BK.shape, W_SO.shape[1]
+    columns = _columns(width)
+    blocks = triton.cdiv(width, columns)
+    kind, sum_type = _sum_type(values_BK, W_SO)
+    output_BO, errors_BO = values_BK.new_empty(B, width), W_SO.new_empty(B, width)
+    squares = values_BK.new_empty(B, blocks, dtype=kind)
+    if B:
+        _errors_kernel[(B, blocks)](
+            output_BO,
+            errors_BO,
+            squares,
+            indices_BK,
+            values_BK,
+            W_SO,
+            bias,
+            target_BO,
+            width,
+            blocks,
+            SLOTS=K,
+            BIAS_OF_ROW=bias.ndim == 2,
+            COLUMNS=columns,
+            UNROLL=UNROLL,
+            SUM=sum_type,
+            num_warps=1,
+        )
+    return output_BO, errors_BO, squares.sum()
+
+
 def sum_by_latent(of: Bags, weights_BK: Tensor, rows_BD: Tensor) -> Tensor:
     """(S, D) for each latent the sum over its pairs of weight times row, in the type of the weights."""
     out_SD = weights_BK.new_empty(of.latents, rows_BD.shape[1])
@@ -209,6 +246,38 @@ def _sums_kernel(
     if BY_LATENT:
         total += tl.load(partials + piece * width + columns, mask=split & (columns < width), other=0.0)
     tl.store(out + unit * width + columns, total, mask=columns < width)
+
+
+@triton.jit
+def _errors_kernel(
+    outputs,
+    errors,
+    squares,
+    indices,
+    weights,
+    vectors,
+    bias,
+    target,
+    width,
+    blocks,
+    SLOTS: tl.constexpr,
+    BIAS_OF_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    first = row * SLOTS
+    total = tl.zeros([COLUMNS], SUM)
+    total = sum_of_pairs(indices, weights, vectors, first, first + SLOTS, columns, width, SLOTS, False, UNROLL, total)
+    places = row * width + columns
+    total += tl.load(bias + (places if BIAS_OF_ROW else columns), mask=inside, other=0.0).to(SUM)
+    error = tl.load(target + places, mask=inside, other=0.0).to(SUM) - total
+    tl.store(outputs + places, total, mask=inside)
+    tl.store(errors + places, error, mask=inside)
+    tl.store(squares + row * blocks + tl.program_id(1), tl.sum(error * error))
 
 
 @triton.jit

@@ -99,7 +99,9 @@ def group_maxima(pre_BS: Tensor, rule: Rule) -> Tensor:
     B, S = pre_BS.shape
     maxima_BG = pre_BS.new_empty(B, number_of_groups(S))
     chunks = triton.cdiv(maxima_BG.shape[1], GROUPS_PER_PROGRAM.value)
-    _group_maxima[(B * chunks,)](pre_BS, maxima_BG, S, maxima_BG.shape[1], chunks, rule == "magnitude", num_warps=4)
+    _group_maxima[(B * chunks,)](
+        pre_BS, maxima_BG, S, maxima_BG.shape[1], chunks, rule == "magnitude", S % GROUP != 0, num_warps=4
+    )
     return maxima_BG
 
 
@@ -187,29 +189,48 @@ def _part(elements: int, warps: int) -> int:
 
 
 @triton.jit
-def _keys(x, BY_MAGNITUDE: tl.constexpr):
-    """Integers that sort as x does, of the same number of bits: the magnitude's bits, negated where x is negative."""
+def _order(x, BY_MAGNITUDE: tl.constexpr):
+    """Unsigned integers that sort as x does: 1 for -inf, more for larger ones and still more for any NaN; 0 is free.
+
+    The bits of the magnitude, negated where x is negative, with those of infinity and 1 added. A negative NaN lies
+    below -inf and so passes through 0 and comes out on top.
+    """
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
-    GREATEST: tl.constexpr = (1 << (BITS - 1)) - 1
-    MANTISSA: tl.constexpr = 7 if BITS == 16 else 23 if BITS == 32 else 52
-    INFINITY: tl.constexpr = GREATEST >> MANTISSA << MANTISSA
+    INFINITY: tl.constexpr = _infinity(x.dtype)
     if BITS == 64:
         bits = x.to(tl.int64, bitcast=True)
     elif BITS == 32:
         bits = x.to(tl.int32, bitcast=True)
     else:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-    magnitude = bits & GREATEST
-    keys = magnitude if BY_MAGNITUDE else tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > INFINITY, GREATEST, keys)
+    signed = bits & ((1 << (BITS - 1)) - 1)
+    if not BY_MAGNITUDE:
+        negative = bits >> (BITS - 1)  # all ones where it is, else 0
+        signed = (signed ^ negative) - negative
+    return (signed + (INFINITY + 1)).to(tl.uint64 if BITS == 64 else tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _numbers(keys, dtype: tl.constexpr):
-    """What `_keys` was made from, 0 for either zero and one NaN for all."""
+def _keys(x, BY_MAGNITUDE: tl.constexpr):
+    """`_order`, in which one NaN is like another."""
+    return tl.minimum(_order(x, BY_MAGNITUDE), 2 * _infinity(x.dtype) + 2)
+
+
+@triton.jit
+def _numbers(order, dtype: tl.constexpr):
+    """What `_order` was made from, with one zero and one NaN."""
     BITS: tl.constexpr = dtype.primitive_bitwidth
-    bits = tl.where(keys < 0, -(1 << (BITS - 1)) - keys, keys)
+    INFINITY: tl.constexpr = _infinity(dtype)
+    signed = order.to(tl.int64 if BITS == 64 else tl.int32, bitcast=True) - (INFINITY + 1)
+    bits = tl.where(signed < 0, -(1 << (BITS - 1)) - signed, signed)
+    bits = tl.where(order > 2 * INFINITY + 1, (1 << (BITS - 1)) - 1, bits)
     return (bits.to(tl.int16) if BITS == 16 else bits).to(dtype, bitcast=True)
+
+
+@triton.constexpr_function
+def _infinity(dtype):
+    """The bits of infinity."""
+    return {16: 0x7F80, 32: 0x7F800000, 64: 0x7FF0000000000000}[dtype.primitive_bitwidth]
 
 
 @triton.jit
@@ -218,10 +239,10 @@ def _threshold(keys_N, k, BITS: tl.constexpr):
 
     It is the largest integer that at least k keys reach, found from its highest bit to its lowest.
     """
-    zero = tl.zeros([], keys_N.dtype)
-    threshold = tl.where(tl.sum((keys_N >= 0).to(tl.int32)) >= k, zero, zero + -(1 << (BITS - 1)))
-    for bit in range(BITS - 1):
-        higher = threshold + ((zero + 1) << (BITS - 2 - bit))
+    threshold = tl.zeros([], keys_N.dtype)
+    one = threshold + 1
+    for bit in range(BITS):
+        higher = threshold | (one << (BITS - 1 - bit))
         threshold = tl.where(tl.sum((keys_N >= higher).to(tl.int32)) >= k, higher, threshold)
     return threshold, k - tl.sum((keys_N > threshold).to(tl.int32))
 
@@ -245,21 +266,22 @@ def _chosen(keys_P, threshold, needed, seen):
 
 @triton.jit
 def _by_rule(x, keys, RULE: tl.constexpr):
-    return tl.where(keys > 0, x, tl.zeros_like(x)) if RULE == "relu" else x
+    return tl.where(keys > _infinity(x.dtype) + 1, x, tl.zeros_like(x)) if RULE == "relu" else x
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _group_maxima(pre, maxima, S, G, chunks, BY_MAGNITUDE: tl.constexpr):
-    BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
+def _group_maxima(pre, maxima, S, G, chunks, BY_MAGNITUDE: tl.constexpr, RAGGED: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
     group_g = tl.program_id(0) % chunks * GROUPS_PER_PROGRAM + tl.arange(0, GROUPS_PER_PROGRAM)
     column_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     pre_gN = tl.load(pre + row * S + column_gN, mask=column_gN < S, other=0.0)
-    key_g = tl.max(tl.where(column_gN < S, _keys(pre_gN, BY_MAGNITUDE), -(1 << (BITS - 1))), 1)
-    tl.store(maxima + row * G + group_g, _numbers(key_g, pre.dtype.element_ty), mask=group_g < G)
+    order_gN = _order(pre_gN, BY_MAGNITUDE)
+    if RAGGED:
+        order_gN = tl.where(column_gN < S, order_gN, 0)
+    tl.store(maxima + row * G + group_g, _numbers(tl.max(order_gN, 1), pre.dtype.element_ty), mask=group_g < G)
 
 
 @triton.jit
@@ -307,11 +329,10 @@ def _keep_topk(pre, kept, A, k, RULE: tl.constexpr, N: tl.constexpr, PART: tl.co
 
 @triton.jit
 def _part_of_row(matrix, row, width, first, COLUMNS: tl.constexpr, BY_MAGNITUDE: tl.constexpr):
-    """Keys, numbers and columns of a part of a row; beyond the row's end a key below every float's."""
-    BITS: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth
+    """Keys, numbers and columns of a part of a row; beyond the row's end the key 0, below every number's."""
     column_P = first + tl.arange(0, COLUMNS)
     x_P = tl.load(matrix + row * width + column_P, mask=column_P < width, other=0.0)
-    return tl.where(column_P < width, _keys(x_P, BY_MAGNITUDE), -(1 << (BITS - 1))), x_P, column_P
+    return tl.where(column_P < width, _keys(x_P, BY_MAGNITUDE), 0), x_P, column_P
 
 
 @triton.jit
@@ -323,7 +344,7 @@ def _groups_of_row(pre, groups, row, S, G, first, GROUPS: tl.constexpr, BY_MAGNI
     latent_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     there_gN = (slot_g < G)[:, None] & (latent_gN < S)
     x_gN = tl.load(pre + row * S + latent_gN, mask=there_gN, other=0.0)
-    keys_gN = tl.where(there_gN, _keys(x_gN, BY_MAGNITUDE), -(1 << (BITS - 1)))
+    keys_gN = tl.where(there_gN, _keys(x_gN, BY_MAGNITUDE), 0)
     N: tl.constexpr = GROUPS * _GROUP
     return tl.reshape(keys_gN, [N]), tl.reshape(x_gN, [N]), tl.reshape(latent_gN, [N])
 

@@ -73,6 +73,7 @@ def pairs(latents: int, width: int, k: int, stored: torch.dtype) -> Operation:
         W_SD, x_BD = no_memory(latents, width, dtype=stored), no_memory(ROWS, width, dtype=stored)
         kernels.decode(values_BK, indices_BK, W_SD)
         kernels.pair_products(x_BD, W_SD, indices_BK)
+        kernels.errors(values_BK, indices_BK, W_SD, no_memory(width, dtype=kind), no_memory(ROWS, width, dtype=kind))
         of = kernels.bags(indices_BK, latents)
         kernels.sum_by_latent(of, values_BK, x_BD)
         master_SD = torch.nn.Parameter(no_memory(latents, width, dtype=kind))
@@ -119,7 +120,8 @@ CASES: dict[str, Operation] = {
 CONTAINS = {
     **{
         f"pairs, {width} wide": {
-            kernel: ["LDG.E.128"] for kernel in ("_sums_kernel", "_pieces_kernel", "_products_kernel", "_rows_kernel")
+            kernel: ["LDG.E.128"]
+            for kernel in ("_sums_kernel", "_errors_kernel", "_pieces_kernel", "_products_kernel", "_rows_kernel")
         }
         for width in (768, 2304, 4096)
     },

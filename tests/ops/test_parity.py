@@ -17,7 +17,17 @@ from dictlearn.ops import portable, reference
 BACKENDS = ["portable", pytest.param("triton", marks=pytest.mark.needs("interpreter"))]
 INPUTS = ("x", "W_enc", "b_enc", "W_dec", "b_pre")
 RULES = ("relu", "magnitude", "linear")
-OUTPUTS = ("activations", "decoded", "pre-activations besides", "kept of them", "decoded besides")
+OUTPUTS = (
+    "activations",
+    "decoded",
+    "error",
+    "error with a bias for each row",
+    "pre-activations besides",
+    "kept of them",
+    "decoded besides",
+    "error besides",
+    "rebuilt besides",
+)
 
 shapes = st.tuples(
     st.integers(1, 9), st.integers(1, 7), st.integers(1, 6), st.integers(1, 12), st.integers(0, 2**31)
@@ -49,10 +59,30 @@ def run(module, inputs, k, also=None, k_also=1, pre_bias=True, rule="relu"):
     dense = codes.values.new_zeros(len(x), len(W_enc)).scatter_add(1, codes.indices, codes.values)
     if also is None:
         assert codes.also is None
-        return [dense, module.decode(codes.values, codes.indices, W_dec)]
+        return [dense, module.decode(codes.values, codes.indices, W_dec), *rebuilt(module, codes, W_dec, x)]
     kept = module.keep_topk(codes.also, k_also, rule)
     decoded, decoded_also = module.decode_also(codes.values, codes.indices, W_dec, kept, also)
-    return [dense, decoded, codes.also, kept, decoded_also]
+    of_row = rebuilt(module, codes, W_dec, x)
+    besides = module.rebuild(codes.values, codes.indices, W_dec, W_dec[0], target(x, W_dec), kept, also)
+    return [dense, decoded, *of_row, codes.also, kept, decoded_also, besides.mse, besides.also]
+
+
+def rebuilt(module, codes, W_dec, x):
+    """The error with one bias for all rows, and with one for each; both biases have gradients of their own."""
+    found = [
+        module.rebuild(codes.values, codes.indices, W_dec, bias, target(x, W_dec))
+        for bias in (W_dec[0], x[:, :1] * W_dec[-1])
+    ]
+    for bias, one in zip((W_dec[0], x[:, :1] * W_dec[-1]), found, strict=True):
+        with torch.no_grad():
+            output = reference.decode(codes.values, codes.indices, W_dec) + bias
+        torch.testing.assert_close(one.output, output)
+        assert one.also is None and not one.output.requires_grad
+    return [one.mse for one in found]
+
+
+def target(x, W_dec):
+    return torch.arange(len(x) * W_dec.shape[1], dtype=x.dtype).view(len(x), -1).cos()
 
 
 def gradients(output, weight, inputs):
@@ -106,8 +136,9 @@ def test_all_negative_pre_activations_give_nothing_and_pass_no_gradient(backend)
     x, W_enc, _, W_dec, b_pre = tensors(4, 3, 3, 6, 0)
     b_enc = torch.full((6,), -100.0, dtype=torch.float64, requires_grad=True)
     outputs = run(ops.load(backend), (x, W_enc, b_enc, W_dec, b_pre), 3, torch.tensor([1, 5]), 1)
-    silent = [outputs[0], outputs[1], outputs[3], outputs[4]]
-    assert not any(output.any() for output in silent) and outputs[2].all()
+    named = dict(zip(OUTPUTS, outputs, strict=True))
+    silent = [named[name] for name in ("activations", "decoded", "kept of them", "decoded besides")]
+    assert not any(output.any() for output in silent) and named["pre-activations besides"].all()
     total = sum(output.sum() for output in silent)
     for gradient in torch.autograd.grad(total, [x, W_enc, b_enc, W_dec, b_pre]):
         assert not gradient.any()
