@@ -22,7 +22,7 @@ class Arriving:
         self._copied: torch.cuda.Event | None = None
         if number.is_cuda:
             # into memory that the GPU can write by itself, or else the copy would be waited for
-            self._host = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self._host = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(number.device))
         else:

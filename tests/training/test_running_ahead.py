@@ -17,15 +17,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from activation_store.errors import UserError
 from dictlearn import ops
 from dictlearn.dictionaries import REGISTRY, configs, dictionary_class
+from dictlearn.dictionaries.base import Update
 from dictlearn.dictionaries.dead_latents import DeadLatents
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops.ahead import LAG, Arriving
 from dictlearn.training.checkpoint import put_back, state_of
 from dictlearn.training.command import run_train
+from dictlearn.training.finite import Found
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.optimisers import Average, Optimiser
 from dictlearn.training.step import Member, NotFinite, backward, clip, take_step
@@ -135,6 +138,22 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoCopies(TorchDispatchMode):
+    """Forbids what copies a number from the host to the device "meta": a GPU would be waited for, but for kernels that
+    take a number of the host as it is."""
+
+    COPIES = ("_to_copy", "copy_", "where", "index_put_", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        results, sources = tree_leaves(found), tree_leaves((args, kwargs))
+        if func.overloadpacket.__name__ in self.COPIES:
+            on_meta = any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in results)
+            if on_meta and any(isinstance(tensor, torch.Tensor) and tensor.is_cpu for tensor in sources):
+                raise WouldWait(func.overloadpacket.__name__)
+        return found
+
+
 @pytest.fixture
 def asked(monkeypatch) -> Iterator[list[str]]:
     """What numbers were read by, but for those that were asked for long before."""
@@ -203,6 +222,12 @@ def test_a_step_asks_its_device_for_nothing(case, ahead, dense, asked):
 
 
 def test_what_would_wait_is_noticed(ahead, dense, asked):
+    there = torch.ones(3, device="meta")
+    for copies in (lambda: torch.where(there > 0, there, torch.ones(())), lambda: torch.zeros(()).to("meta")):
+        with NoCopies(), pytest.raises(WouldWait):
+            copies()
+    with NoCopies():
+        there.masked_fill(there > 0, 1.0) * 2 + there.new_zeros(())
     one = member()
     with NoWaiting(), pytest.raises(WouldWait, match="_local_scalar_dense|nonzero"):
         take_step(one, *batch("topk", 0), 0, 1000)  # the first step counts the dead latents
@@ -222,13 +247,15 @@ def test_on_a_device_without_numbers_a_step_is_computed_all_the_same(case, ahead
     monkeypatch.setattr("dictlearn.dictionaries.dead_latents.DeadLatents._most", lambda self, *a: 20)
     one = member(case)
     one.dictionary.to("meta")
-    x, target = batch(case, 0)
-    loss = backward(one, x.to("meta"), None if target is None else target.to("meta"))
-    one.dictionary.project_gradients()
-    clip(one)
-    one.dictionary.constrain()
     monkeypatch.setattr("dictlearn.dictionaries.dead_latents.Arriving", lambda number: None)
-    one.dictionary.observe(loss.codes)
+    x, target = (None if rows is None else rows.to("meta") for rows in batch(case, 0))
+    with NoCopies():
+        loss = backward(one, x, target)
+        one.dictionary.project_gradients()
+        norm = clip(one)
+        Found.of(0, loss, norm, x, target)
+        one.dictionary.after_update(Update(one.optimiser, 0, 1000, one.generator, x, target, loss, norm))
+        one.dictionary.observe(loss.codes)
     assert loss.total.device.type == "meta"
     assert all(p.grad.device.type == "meta" for p in one.dictionary.parameters() if p.requires_grad)
 
