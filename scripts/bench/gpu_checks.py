@@ -183,27 +183,30 @@ def products(ask: Ask) -> None:
 
 
 def operations_differ(shape: tuple[int, int, int, int, int], rule: Rule, also: bool, device: torch.device) -> float:
-    """The largest error of any output and of any gradient of the five inputs."""
+    """The largest error of any output and of any gradient of the six inputs."""
     B, D, width, S, k = shape
     generator = torch.Generator(device).manual_seed(S)
 
     def normal(*of: int) -> Tensor:
         return torch.randn(of, generator=generator, device=device, dtype=torch.float64)
 
-    inputs = [normal(B, D), normal(S, D), normal(S), normal(S, width), normal(D)]
+    inputs = [normal(B, D), normal(S, D), normal(S), normal(S, width), normal(D), normal(width)]
+    target_BO = normal(B, width)
     also_A = torch.randperm(S, generator=generator, device=device)[: max(1, S // 3)] if also else None
     weights: list[Tensor] = []
 
     def run(module: Any) -> tuple[list[Tensor], list[Tensor]]:
-        x, W_enc, b_enc, W_dec, b_pre = leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        x, W_enc, b_enc, W_dec, b_pre, b_dec = leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         poison(device)
         codes = module.encode_topk(x, W_enc, b_enc, k, b_pre, also_A, rule)
         dense_BS = codes.values.new_zeros(B, S).scatter_add(1, codes.indices, codes.values)
+        pairs = codes.values, codes.indices, W_dec
         if also_A is None:
-            outputs = [dense_BS, module.decode(codes.values, codes.indices, W_dec)]
+            outputs = [dense_BS, module.decode(*pairs), *module.rebuild(*pairs, b_dec, target_BO)[:2]]
         else:
             kept = module.keep_topk(codes.also, max(1, len(also_A) // 2), rule)
-            outputs = [dense_BS, kept, *module.decode_also(codes.values, codes.indices, W_dec, kept, also_A)]
+            outputs = [dense_BS, kept, *module.decode_also(*pairs, kept, also_A)]
+            outputs += module.rebuild(*pairs, b_dec, target_BO, kept, also_A)
         if not weights:
             weights.extend(normal(*output.shape) for output in outputs)
         total = sum(((output * weight).sum() for output, weight in zip(outputs, weights, strict=True)), x.sum() * 0)
@@ -353,6 +356,7 @@ def step_differs(size: Size, way: Way, dead_share: float, device: torch.device, 
             errors[of] = max(errors.get(of, 0.0), error)
     fired_S = torch.zeros(size.latents, dtype=torch.bool, device=device)
     fired_S[taken.loss.codes.indices[taken.loss.codes.values > 0]] = True
+    fired_S &= ~dead_S.bool()
     counted_S = (before["rows_since_fired"] + len(x)).masked_fill(fired_S, 0)
     errors["counters"] = float(not torch.equal(after["rows_since_fired"], counted_S))
     return errors

@@ -17,6 +17,7 @@ from torch import Tensor
 from train_step_worker import AUXK_WEIGHT, MANY_STEPS, Implementation, SAELens, Sparsify
 
 from dictlearn import ops
+from dictlearn.codes import Codes
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.training.optimiser_config import OptimiserConfig
@@ -111,6 +112,21 @@ class Way:
     auxk_weight: float = AUXK_WEIGHT
 
 
+class HeldTopK(TopK):
+    """What is held dead may fire and does not count as fired: so it stays dead, and nobody else writes the counters.
+
+    Attributes:
+        held_S: (S,) bool; None for none.
+    """
+
+    held_S: Tensor | None = None
+
+    def observe(self, codes: Codes) -> None:
+        if self.held_S is not None:
+            codes = replace(codes, values=codes.values.masked_fill(self.held_S[codes.indices], 0.0))
+        super().observe(codes)
+
+
 class Ours:
     """A TopK autoencoder in training.
 
@@ -124,7 +140,7 @@ class Ours:
         self.way = way
         config = TopKConfig(d_sae=size.latents, k=size.k, auxk_weight=way.auxk_weight)
         with torch.device(start_SD.device):
-            self.dictionary = TopK(config, size.d)
+            self.dictionary = HeldTopK(config, size.d)
         if way.precision == "float64":
             self.dictionary.double()
         self._begin(start_SD, first_rows)
@@ -134,6 +150,7 @@ class Ours:
         self.member = Member("ours", self.dictionary, optimiser, generator, way.clip, way.accumulate, precision)
         self.steps = MANY_STEPS // 2  # of a long run: no warm-up, no decay
         self.taken: Step | None = None
+        self._dead_S: Tensor | None = None
 
     @torch.no_grad()
     def _begin(self, start_SD: Tensor, first_rows: Tensor) -> None:
@@ -146,7 +163,10 @@ class Ours:
         dictionary.b_dec.copy_(first_rows.mean(dim=0))
 
     def hold_dead(self, dead_S: Tensor) -> None:
-        self.dictionary.rows_since_fired.copy_(dead_S * (self.dictionary.config.dead_after_rows + 1))
+        """From now on. The steps right after wait for the device, as the first ones of a run do."""
+        if dead_S is not self._dead_S:
+            self._dead_S, self.dictionary.held_S = dead_S, dead_S.bool()
+            self.dictionary.rows_since_fired.copy_(dead_S * (self.dictionary.config.dead_after_rows + 1))
 
     def step(self, x: Tensor) -> Tensor:
         ops.set_backend(self.way.backend)

@@ -25,6 +25,8 @@ import torch
 from gpu_arithmetic import Rates, Size
 from gpu_card import Ask, Card, free, in_words
 
+from dictlearn import ops
+
 SECTIONS: dict[str, Callable[[Ask], None]] = {
     "ceilings": gpu_times.ceilings,
     "selection": gpu_checks.selection,
@@ -55,6 +57,7 @@ def versions() -> dict[str, str]:
 def do(asked: Mapping[str, Any], answer: Callable[[Mapping[str, Any]], None]) -> str | None:
     """One section; returns what went wrong, in a line."""
     device = torch.device("cpu" if asked["interpret"] else "cuda")
+    ops.run_ahead(True if asked["interpret"] else None)  # as on a GPU
     ask = Ask(
         Card(device),
         tuple(Size(**size) for size in asked["sizes"]),
