@@ -71,6 +71,15 @@ def chromium() -> Path:
 
 
 @pytest.fixture(scope="session")
+def interpreter() -> None:
+    """Triton's, for kernels on a CPU's tensors. A test that takes it is also marked ``needs("interpreter")``."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled for the GPU here; TRITON_INTERPRET=1 runs them in the interpreter")
+
+
+@pytest.fixture(scope="session")
 def stories260k(shared: Path) -> Path:
     """A real model of somebody else's."""
     return shared / "models" / "stories260K"

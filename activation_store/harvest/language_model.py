@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from activation_store.devices import refuse_missing
 from activation_store.errors import UserError
 from activation_store.foreign import UNKNOWN_MODEL
 
@@ -521,8 +522,7 @@ def load_language_model(spec: ModelSpec, device: str = "cpu", dtype: str = "floa
         return _loader_of(spec).load(spec, device, dtype)
     import torch
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"The device {device!r} was asked for, but torch sees no GPU here; use --device cpu.")
+    refuse_missing(device)
     with _quiet(), _local_only(spec.folder is not None):
         from transformer_lens.model_bridge import TransformerBridge
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from activation_store.devices import refuse_missing
 from activation_store.errors import UserError
 from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.base import Dictionary
@@ -40,8 +41,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Dictionary:
     """Read a dictionary that `save` wrote, in evaluation mode, taking raw activations.
 
     Raises:
-        UserError: no dictionary there, an unknown kind, or damaged files.
+        UserError: no dictionary there, an unknown kind, or damaged files; no such device.
     """
+    refuse_missing(str(device))
     folder = Path(folder)
     description = describe(folder)
     cls = dictionary_class(description["kind"])

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dictlearn.ops import portable, reference, row_gradients
 from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes
-from dictlearn.ops.triton_pairs import Bags, bags, errors, pair_products, sum_by_latent
+from dictlearn.ops.triton_pairs import Bags, bags, errors, launching_on, pair_products, sum_by_latent
 from dictlearn.ops.triton_pairs import decode as decode_pairs
 from dictlearn.ops.triton_select import fits, group_maxima, select, selects
 from dictlearn.ops.triton_select import keep_topk as keep_topk_of_rows
@@ -38,26 +38,30 @@ def encode_topk(
     rule: Rule = "relu",
 ) -> TopKCodes:
     """See `dictlearn.ops.reference.encode_topk`."""
-    return TopKCodes(*_EncodeTopK.apply(x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule, _wanted(W_enc_SD)))
+    with launching_on(x_BD.device):
+        return TopKCodes(*_EncodeTopK.apply(x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule, _wanted(W_enc_SD)))
 
 
 def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
     """See `dictlearn.ops.reference.keep_topk`."""
     if k >= pre_BA.shape[1] or not fits(pre_BA.shape[1], pre_BA.dtype):
         return portable.keep_topk(pre_BA, k, rule)
-    return _KeepTopK.apply(pre_BA, k, rule)
+    with launching_on(pre_BA.device):
+        return _KeepTopK.apply(pre_BA, k, rule)
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
     """See `dictlearn.ops.reference.decode`."""
-    return _Decode.apply(values_BK, indices_BK, W_dec_SO, None, None, _wanted(W_dec_SO))[0]
+    with launching_on(values_BK.device):
+        return _Decode.apply(values_BK, indices_BK, W_dec_SO, None, None, _wanted(W_dec_SO))[0]
 
 
 def decode_also(
     values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor, also_BA: Tensor, latents_A: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `dictlearn.ops.reference.decode_also`."""
-    return _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A, _wanted(W_dec_SO))
+    with launching_on(values_BK.device):
+        return _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A, _wanted(W_dec_SO))
 
 
 def rebuild(
@@ -71,7 +75,8 @@ def rebuild(
 ) -> Rebuilt:
     """See `dictlearn.ops.reference.rebuild`."""
     wanted = _wanted(W_dec_SO)
-    return Rebuilt(*_Rebuild.apply(values_BK, indices_BK, W_dec_SO, bias, target_BO, also_BA, latents_A, wanted))
+    with launching_on(values_BK.device):
+        return Rebuilt(*_Rebuild.apply(values_BK, indices_BK, W_dec_SO, bias, target_BO, also_BA, latents_A, wanted))
 
 
 class _KeepTopK(torch.autograd.Function):

@@ -19,6 +19,7 @@ Axes: B rows, K slots per row, P = B K pairs, D or O width of a vector, S latent
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,11 @@ class Bags:
     @property
     def latents(self) -> int:
         return len(self.offsets) - 1
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which Triton launches on a device: it takes the current one, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def bags(indices_BK: Tensor, latents: int) -> Bags:

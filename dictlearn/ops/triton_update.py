@@ -28,7 +28,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dictlearn.ops.row_gradients import AdamStep, note_unit_rows
-from dictlearn.ops.triton_pairs import UNROLL, Bags, part_of_latent, sum_by_latent, sums_of_pieces
+from dictlearn.ops.triton_pairs import (
+    UNROLL,
+    Bags,
+    launching_on,
+    part_of_latent,
+    sum_by_latent,
+    sums_of_pieces,
+)
 
 LEAST = 1e-12
 """Norm below which a row is not scaled up."""
@@ -64,7 +71,8 @@ class PairGradient:
 
     def squares(self, weight_SD: Tensor) -> Tensor:
         if self._squares is None:
-            self._launch(weight_SD, None)
+            with launching_on(weight_SD.device):
+                self._launch(weight_SD, None)
         assert self._squares is not None
         return self._squares
 
@@ -74,7 +82,8 @@ class PairGradient:
 
     def update(self, weight_SD: Tensor, mean_SD: Tensor, square_SD: Tensor, step: AdamStep) -> None:
         """The moments are in the weight's type. A copy of the weight that `lowered` holds is updated as well."""
-        self._launch(weight_SD, (mean_SD, square_SD, step))
+        with launching_on(weight_SD.device):
+            self._launch(weight_SD, (mean_SD, square_SD, step))
 
     def _launch(self, weight_SD: Tensor, update: tuple[Tensor, Tensor, AdamStep] | None) -> None:
         """The norms of the rows, and the update if there is one."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from activation_store.devices import refuse_missing
 from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
@@ -198,6 +201,8 @@ def train_group(
     from dictlearn.training import parallel
     from dictlearn.training.loop import Run, train
 
+    refuse_missing(configs[0].device)
+    refuse_operations(configs[0])
     for config in configs:
         kind = dictionary_class(config.dictionary.kind)
         parallel.refuse_what_cannot_be_shared(config, splits_latents=bool(kind.latent_tensors))
@@ -224,6 +229,19 @@ def train_group(
         train(runs, checked.plan.steps, loader, checkpoints, shown, told, processes)
     finally:
         processes.close()
+
+
+def refuse_operations(config: TrainConfig[Any]) -> None:
+    """Refuse kernels of a GPU where there is none, unless their interpreter was asked for."""
+    if config.ops != "triton":
+        return
+    if find_spec("triton") is None:
+        raise UserError("ops is triton, and the package triton is not installed; install it, or leave ops out.")
+    if not config.device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            f"ops is triton, whose kernels run on a GPU, and the device is {config.device!r}; set device to cuda, or "
+            "leave ops out."
+        )
 
 
 def never_dead(config: TrainConfig[Any], steps: int) -> str | None:

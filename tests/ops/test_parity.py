@@ -43,6 +43,12 @@ shapes = st.tuples(
 )
 
 
+@pytest.fixture(autouse=True)
+def _interpreted(request):
+    if request.node.get_closest_marker("needs"):
+        request.getfixturevalue("interpreter")
+
+
 def tensors(B, D, O, S, seed, dtype=torch.float64):  # noqa: E741
     generator = torch.Generator().manual_seed(seed)
 
@@ -272,6 +278,13 @@ def test_what_was_encoded_in_inference_mode_does_not_disturb_what_comes_after():
 def test_forcing_a_backend_that_is_not_there_names_those_that_are():
     with pytest.raises(ValueError, match=r"'warp'; choose one of auto, portable, triton, reference"):
         ops.set_backend("warp")
+
+
+def test_without_triton_its_backend_is_refused_and_never_chosen(monkeypatch):
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'triton' needs the package triton"):
+        ops.set_backend("triton")
+    assert ops.backend("cpu") == "portable"
 
 
 def test_a_forced_backend_is_used_until_the_device_decides_again(monkeypatch):

@@ -10,8 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
-
 from dictlearn import ops
 from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.configs import (
@@ -27,7 +25,7 @@ from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.optimisers import Optimiser
 from dictlearn.training.step import Member, NotFinite, take_step
 
-pytestmark = pytest.mark.needs("interpreter")
+pytestmark = [pytest.mark.needs("interpreter"), pytest.mark.usefixtures("interpreter")]
 
 STEPS = 2
 COMMON = dict(d_sae=9, k=2)
@@ -145,6 +143,7 @@ def test_what_is_not_finite_changes_nothing(ahead, clip):
         assert torch.equal(tensor, moments[name]), name
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 def test_a_gradient_that_overflows_with_a_finite_loss_changes_nothing():
     """Its norm is what shows it, whether or not anything is clipped."""
     config, d_out = KINDS["topk"]

@@ -161,6 +161,28 @@ def test_bad_input_is_one_sentence_before_anything_is_made(workspace, changes, s
     assert not (workspace.root / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(device="tpu3"), "There is no device 'tpu3'; use cpu, cuda"),
+        (dict(ops="triton"), "ops is triton, whose kernels run on a GPU, and the device is 'cpu'; set device to cuda"),
+    ],
+)
+def test_devices_and_operations_that_are_not_there_are_refused_before_a_folder_is_made(
+    workspace, monkeypatch, changes, sentence
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=sentence):
+        run_train(replace(SAE, **changes), workspace)
+    assert not workspace.run("sae").folder.exists()
+
+
+def test_without_triton_its_operations_are_refused(workspace, monkeypatch):
+    monkeypatch.setattr("dictlearn.training.command.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="the package triton is not installed"):
+        run_train(replace(SAE, ops="triton"), workspace)
+
+
 def test_a_control_store_of_another_model_is_refused(workspace):
     make_store(workspace.store("other"), rows=1000, fingerprint="sha256:other")
     with pytest.raises(UserError, match="control store 'other' was not made by the model of 's'"):
