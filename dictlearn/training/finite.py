@@ -1,7 +1,8 @@
 """Refusing what is not finite: at once where the host waits for each step, some steps later where it runs ahead.
 
 Where it runs ahead, the device itself leaves out the update of a step that is not finite, and of all that follow, until
-the host has come to know of it: the weights are then those of before that step.
+the host has come to know of it: the weights are then those of before that step, but for the last bit of rows that are
+brought back to unit norm.
 
 Axes: B rows.
 """
