@@ -11,8 +11,6 @@ from dictlearn.terminal import bytes_in_words
 from dictlearn.training.configs import TrainConfig
 
 FLOAT = 4
-GPU_PRE_ACTIVATIONS = 2
-"""(B, S) matrices that are there at once on a GPU: the pre-activations, and what the selection makes of them."""
 CPU_BUFFER = 2**24
 """Pre-activations that are there at once on a CPU (`dictlearn.ops.portable`)."""
 
@@ -54,14 +52,30 @@ def estimate(configs: Sequence[TrainConfig[Any]], widths: Sequence[Widths]) -> M
     fixed = per_row = 0
     for config, of_run in zip(configs, widths, strict=True):
         d_in, d_out = map(sum, of_run)
-        copies = 4 + (config.optimiser.averaging > 0)
-        on_cpu = not config.device.startswith("cuda")
-        fixed += FLOAT * (copies * parameters(config.dictionary, of_run) + (CPU_BUFFER if on_cpu else 0))
         pairs = getattr(config.dictionary, "k", 32) * (2 * FLOAT + 2 * 8)
-        dense = 0 if on_cpu else GPU_PRE_ACTIVATIONS * FLOAT * config.dictionary.d_sae
-        per_row += FLOAT * (3 * d_in + 6 * d_out) + pairs + dense
+        if config.device.startswith("cuda"):
+            of_parameter, dense = _on_gpu(config)
+        else:
+            of_parameter, dense = 4 * FLOAT, 0
+            fixed += FLOAT * CPU_BUFFER
+        of_parameter += FLOAT * (config.optimiser.averaging > 0)
+        fixed += of_parameter * parameters(config.dictionary, of_run)
+        per_row += FLOAT * (3 * d_in + 6 * d_out) + pairs + dense * config.dictionary.d_sae
     first = configs[0]
     return Memory(fixed, per_row, math.ceil(first.batch_size / first.accumulate))
+
+
+def _on_gpu(config: TrainConfig[Any]) -> tuple[int, int]:
+    """Bytes of a parameter without an average, and of a row's latent: pre-activations are there, all at once.
+
+    The kernels read a bfloat16 copy of the weights, and Adam updates with gradients that are never written, where a
+    batch is computed in one part. The portable operations write them, and a second (B, S) matrix.
+    """
+    low = 2 if config.precision != "float32" else FLOAT
+    if config.ops not in ("auto", "triton"):
+        return 4 * FLOAT, 2 * low
+    by_row = config.optimiser.rule == "adam" and config.accumulate == 1
+    return (3 if by_row else 4) * FLOAT + (2 if low == 2 else 0), low
 
 
 def what_to_lower(memory: Memory, there: int, batch_size: int) -> str:

@@ -223,6 +223,22 @@ def test_the_estimate_counts_weights_gradients_and_moments():
     assert estimate([config, config], [((64,), (64,))] * 2).total == 2 * (one.fixed + one.rows * one.per_row)
 
 
+def test_on_a_gpu_the_estimate_counts_what_its_operations_write():
+    """With kernels no gradients, and one matrix of pre-activations."""
+    config = TrainConfig(name="a", store="s", hook="h", dictionary=TopKConfig(d_sae=1000, k=10), device="cuda")
+    parameters = 1000 * (2 * 64 + 1) + 64
+
+    def of(**changes):
+        return estimate([replace(config, **changes)], [((64,), (64,))])
+
+    kernels, portable = of(), of(ops="portable")
+    assert kernels.fixed == (12 + 2) * parameters and portable.fixed == 16 * parameters
+    assert portable.per_row - kernels.per_row == 2 * 1000
+    assert of(accumulate=2).fixed == of(optimiser=OptimiserConfig(rule="muon")).fixed == (16 + 2) * parameters
+    full = of(precision="float32")
+    assert full.fixed == 12 * parameters and full.per_row - kernels.per_row == 2 * 1000
+
+
 def test_a_kind_without_gradients_in_its_codes_takes_steps_like_any_other():
     dictionary = ICFL(ICFLConfig(d_sae=30, rounds=2, width=2, whiten=False), 12)
     control = type("Control", (), {"mean": rows().mean(dim=0).numpy(), "second_moment": None})()
