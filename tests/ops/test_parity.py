@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dictlearn import ops
 from dictlearn.ops import portable, reference
@@ -265,6 +266,34 @@ def test_no_matrix_of_all_pre_activations_is_kept_for_backward():
         run(portable, (x, W_enc, b_enc, W_dec, b_pre), 4)
     # the dense activations that `run` itself makes keep their indices; nothing else is larger than a weight
     assert max(saved) <= W_enc.numel()
+
+
+class LargestMade(TorchDispatchMode):
+    """Elements of the largest tensor that operations return within the block, forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        found = operation(*arguments, **(keywords or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if (
+                isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8
+            ):  # of which the interpreter's copies are
+                self.elements = max(self.elements, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_as_large_as_all_pairs_vectors_is_ever_made(backend):
+    """Neither [B, K, D] nor a dense gradient of the codes: weights and pre-activations are the largest."""
+    B, D, S, K = 12, 40, 16, 4
+    x, W_enc, b_enc, W_dec, b_pre = tensors(B, D, D, S, 5, torch.float32)
+    module = ops.load(backend)
+    with LargestMade() as made:
+        values, indices, _ = module.encode_topk(x, W_enc, b_enc, K, b_pre)
+        module.rebuild(values, indices, W_dec, b_pre, x.detach()).mse.backward()
+        module.decode(module.encode_topk(x, W_enc, b_enc, K)[0], indices, W_dec).sum().backward()
+    assert made.elements == max(B * S, S * D, B * D) < B * K * D
 
 
 def test_what_was_encoded_in_inference_mode_does_not_disturb_what_comes_after():
