@@ -39,7 +39,9 @@ GROUP = 64
 LARGEST_ROW = 32768
 """Elements that one program holds in its registers: 64 a thread with 16 warps. Half as many of float64."""
 
-GROUPS_PER_PROGRAM = tl.constexpr(64)
+BYTES_PER_PROGRAM = 16384
+"""What one program of `group_maxima` reads: each of its threads asks for 8 times 16 bytes at once."""
+
 _GROUP = tl.constexpr(GROUP)
 
 
@@ -98,9 +100,12 @@ def group_maxima(pre_BS: Tensor, rule: Rule) -> Tensor:
     """(B, G): the largest of each `GROUP` consecutive elements of each row, by magnitude if that is the rule."""
     B, S = pre_BS.shape
     maxima_BG = pre_BS.new_empty(B, number_of_groups(S))
-    chunks = triton.cdiv(maxima_BG.shape[1], GROUPS_PER_PROGRAM.value)
+    G = maxima_BG.shape[1]
+    groups = min(triton.next_power_of_2(G), BYTES_PER_PROGRAM // (GROUP * pre_BS.element_size()))
+    chunks = triton.cdiv(G, groups)
+    interpreted = pre_BS.device.type == "cpu"
     _group_maxima[(B * chunks,)](
-        pre_BS, maxima_BG, S, maxima_BG.shape[1], chunks, rule == "magnitude", S % GROUP != 0, num_warps=4
+        pre_BS, maxima_BG, S, G, chunks, groups, rule == "magnitude", S % GROUP != 0, interpreted, num_warps=4
     )
     return maxima_BG
 
@@ -190,59 +195,67 @@ def _part(elements: int, warps: int) -> int:
 
 @triton.jit
 def _order(x, BY_MAGNITUDE: tl.constexpr):
-    """Unsigned integers that sort as x does: 1 for -inf, more for larger ones and still more for any NaN; 0 is free.
+    """Unsigned integers that sort as x does: 0 for -inf, more for larger ones and still more for any NaN.
 
-    The bits of the magnitude, negated where x is negative, with those of infinity and 1 added. A negative NaN lies
-    below -inf and so passes through 0 and comes out on top.
+    The bits of the magnitude, negated where x is negative, with those of infinity added. A negative NaN lies below
+    -inf and so passes through 0 and comes out on top. bfloat16 is the upper half of a float32.
     """
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
-    INFINITY: tl.constexpr = _infinity(x.dtype)
     if BITS == 64:
         bits = x.to(tl.int64, bitcast=True)
-    elif BITS == 32:
-        bits = x.to(tl.int32, bitcast=True)
+        negative = bits >> 63
     else:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-    signed = bits & ((1 << (BITS - 1)) - 1)
+        bits = x.to(tl.int32, bitcast=True) if BITS == 32 else x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        negative = bits >> 31  # all ones where it is, else 0
+    signed = bits & ~_sign(x.dtype)
     if not BY_MAGNITUDE:
-        negative = bits >> (BITS - 1)  # all ones where it is, else 0
         signed = (signed ^ negative) - negative
-    return (signed + (INFINITY + 1)).to(tl.uint64 if BITS == 64 else tl.uint32, bitcast=True)
+    return (signed + _infinity(x.dtype)).to(tl.uint64 if BITS == 64 else tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _keys(x, BY_MAGNITUDE: tl.constexpr):
     """`_order`, in which one NaN is like another."""
-    return tl.minimum(_order(x, BY_MAGNITUDE), 2 * _infinity(x.dtype) + 2)
+    return tl.minimum(_order(x, BY_MAGNITUDE), _key_of_nan(x.dtype))
 
 
 @triton.jit
 def _numbers(order, dtype: tl.constexpr):
-    """What `_order` was made from, with one zero and one NaN."""
+    """What `_order` was made from, -0 as 0."""
     BITS: tl.constexpr = dtype.primitive_bitwidth
-    INFINITY: tl.constexpr = _infinity(dtype)
-    signed = order.to(tl.int64 if BITS == 64 else tl.int32, bitcast=True) - (INFINITY + 1)
-    bits = tl.where(signed < 0, -(1 << (BITS - 1)) - signed, signed)
-    bits = tl.where(order > 2 * INFINITY + 1, (1 << (BITS - 1)) - 1, bits)
-    return (bits.to(tl.int16) if BITS == 16 else bits).to(dtype, bitcast=True)
+    signed = order.to(tl.int64 if BITS == 64 else tl.int32, bitcast=True) - _infinity(dtype)
+    bits = tl.where(signed < 0, _sign(dtype) - signed, signed)
+    return ((bits >> 16).to(tl.int16) if BITS == 16 else bits).to(dtype, bitcast=True)
 
 
 @triton.constexpr_function
 def _infinity(dtype):
-    """The bits of infinity."""
-    return {16: 0x7F80, 32: 0x7F800000, 64: 0x7FF0000000000000}[dtype.primitive_bitwidth]
+    """Its bits."""
+    return 0x7FF0000000000000 if dtype.primitive_bitwidth == 64 else 0x7F800000
+
+
+@triton.constexpr_function
+def _sign(dtype):
+    """The bit that says that a number is negative, and no other, as a signed integer."""
+    return -(1 << (63 if dtype.primitive_bitwidth == 64 else 31))
+
+
+@triton.constexpr_function
+def _key_of_nan(dtype):
+    """The next after infinity's."""
+    return {16: 0xFF010000, 32: 0xFF000001, 64: 0xFFE0000000000001}[dtype.primitive_bitwidth]
 
 
 @triton.jit
 def _threshold(keys_N, k, BITS: tl.constexpr):
     """The k-th largest of the keys, and how many of those that equal it are among the k largest.
 
-    It is the largest integer that at least k keys reach, found from its highest bit to its lowest.
+    It is the largest integer that at least k keys reach, found from its highest bit to the lowest that a key can have.
     """
     threshold = tl.zeros([], keys_N.dtype)
-    one = threshold + 1
+    highest = (threshold + 1) << (keys_N.dtype.primitive_bitwidth - 1)
     for bit in range(BITS):
-        higher = threshold | (one << (BITS - 1 - bit))
+        higher = threshold | (highest >> bit)
         threshold = tl.where(tl.sum((keys_N >= higher).to(tl.int32)) >= k, higher, threshold)
     return threshold, k - tl.sum((keys_N > threshold).to(tl.int32))
 
@@ -266,22 +279,36 @@ def _chosen(keys_P, threshold, needed, seen):
 
 @triton.jit
 def _by_rule(x, keys, RULE: tl.constexpr):
-    return tl.where(keys > _infinity(x.dtype) + 1, x, tl.zeros_like(x)) if RULE == "relu" else x
+    return tl.where(keys > _infinity(x.dtype), x, tl.zeros_like(x)) if RULE == "relu" else x
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _group_maxima(pre, maxima, S, G, chunks, BY_MAGNITUDE: tl.constexpr, RAGGED: tl.constexpr):
+def _group_maxima(
+    pre, maxima, S, G, chunks,
+    GROUPS: tl.constexpr, BY_MAGNITUDE: tl.constexpr, RAGGED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) // chunks).to(tl.int64)
-    group_g = tl.program_id(0) % chunks * GROUPS_PER_PROGRAM + tl.arange(0, GROUPS_PER_PROGRAM)
+    group_g = tl.program_id(0) % chunks * GROUPS + tl.arange(0, GROUPS)
     column_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     pre_gN = tl.load(pre + row * S + column_gN, mask=column_gN < S, other=0.0)
-    order_gN = _order(pre_gN, BY_MAGNITUDE)
-    if RAGGED:
-        order_gN = tl.where(column_gN < S, order_gN, 0)
-    tl.store(maxima + row * G + group_g, _numbers(tl.max(order_gN, 1), pre.dtype.element_ty), mask=group_g < G)
+    if INTERPRETED:  # it takes one element at a time for a function of ours, and all at once for the largest integer
+        order_gN = _order(pre_gN, BY_MAGNITUDE)
+        order_gN = tl.where(column_gN < S, order_gN, 0) if RAGGED else order_gN
+        maxima_g = _numbers(tl.max(order_gN, 1), pre.dtype.element_ty)
+    else:
+        by_gN = pre_gN.to(tl.float32) if pre.dtype.element_ty == tl.bfloat16 else pre_gN
+        by_gN = tl.abs(by_gN) if BY_MAGNITUDE else by_gN
+        by_gN = tl.where(column_gN < S, by_gN, float("-inf")) if RAGGED else by_gN
+        maxima_g = tl.reduce(by_gN, 1, _larger)
+    tl.store(maxima + row * G + group_g, maxima_g, mask=group_g < G)
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -329,7 +356,10 @@ def _keep_topk(pre, kept, A, k, RULE: tl.constexpr, N: tl.constexpr, PART: tl.co
 
 @triton.jit
 def _part_of_row(matrix, row, width, first, COLUMNS: tl.constexpr, BY_MAGNITUDE: tl.constexpr):
-    """Keys, numbers and columns of a part of a row; beyond the row's end the key 0, below every number's."""
+    """Keys, numbers and columns of a part of a row; beyond the row's end the key 0, which no number is below.
+
+    That -inf has it too does no harm: the left ones of those that tie are taken, and the end is to the right.
+    """
     column_P = first + tl.arange(0, COLUMNS)
     x_P = tl.load(matrix + row * width + column_P, mask=column_P < width, other=0.0)
     return tl.where(column_P < width, _keys(x_P, BY_MAGNITUDE), 0), x_P, column_P
@@ -338,7 +368,6 @@ def _part_of_row(matrix, row, width, first, COLUMNS: tl.constexpr, BY_MAGNITUDE:
 @triton.jit
 def _groups_of_row(pre, groups, row, S, G, first, GROUPS: tl.constexpr, BY_MAGNITUDE: tl.constexpr):
     """The same of some of the row's G chosen groups."""
-    BITS: tl.constexpr = pre.dtype.element_ty.primitive_bitwidth
     slot_g = first + tl.arange(0, GROUPS)
     group_g = tl.load(groups + row * G + slot_g, mask=slot_g < G, other=0)
     latent_gN = group_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
@@ -416,8 +445,3 @@ def _finish(pre_rl, b, pre, maxima, row, latent, B, S, G, DESCRIBED: tl.constexp
     maxima_rg = tl.reduce(tl.reshape(pre_rl, [ROWS, GROUPS, _GROUP]), 2, _larger)
     group_1g = latent // _GROUP + tl.arange(0, GROUPS)[None, :]
     tl.store(maxima + row_r1.to(tl.int64) * G + group_1g, maxima_rg, mask=(row_r1 < B) & (group_1g < G))
-
-
-@triton.jit
-def _larger(one, other):
-    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)

@@ -125,7 +125,7 @@ CONTAINS = {
         }
         for width in (768, 2304, 4096)
     },
-    "select 64 of 65536": {"_group_maxima": ["LDG.E.128"], "_choose_groups": ["LDG.E.128"]},
+    "select 64 of 65536": {"_group_maxima": ["LDG.E.128", "FMNMX.NAN"], "_choose_groups": ["LDG.E.128"]},
     "select 64 of 65536, float32": {"_group_maxima": ["LDG.E.128"]},
     "keep 2048 of 16384": {"_keep_topk": ["LDG.E.128", "STG.E.128"]},
     "product, width 2304": {"_product_with_maxima": ["HGMMA", OVERLAPPED, "UTMALDG", "UTMASTG", "FMNMX.NAN"]},

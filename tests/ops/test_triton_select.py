@@ -106,15 +106,28 @@ def test_the_threshold_falls_between_equal_maxima_of_groups(kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_group_maxima_are_the_largest_of_each_64(kernels, rule, dtype):
-    """73 groups in two programs' parts, the last group with 11 elements; one that holds a NaN says so."""
+    """Several programs to a row, the last group with 11 elements; one that holds a NaN says so."""
     generator = torch.Generator().manual_seed(1)
-    pre_BS = torch.randn(3, 72 * 64 + 11, generator=generator).to(dtype).to(DEVICE)
+    pre_BS = torch.randn(3, 144 * 64 + 11, generator=generator).to(dtype).to(DEVICE)
     pre_BS[0, 70], pre_BS[1, -11:], pre_BS[2, :64] = torch.nan, -torch.inf, -torch.rand(64, generator=generator)
     by_BS = pre_BS.abs() if rule == "magnitude" else pre_BS
     padded_BS = torch.cat([by_BS, by_BS.new_full((3, 53), -torch.inf)], dim=1)
-    expected_BG = padded_BS.view(3, 73, 64).amax(dim=2)
+    expected_BG = padded_BS.view(3, 145, 64).amax(dim=2)
     assert expected_BG[0, 1].isnan() and expected_BG[1, -1].isinf()
     torch.testing.assert_close(kernels.group_maxima(pre_BS, rule), expected_BG, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", ["linear", "magnitude"])
+@pytest.mark.parametrize("S", [128, 139])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group_maxima_are_the_same_by_comparing_floats(kernels, dtype, S, rule):
+    """As a card does it. The interpreter is given integers that sort like them, which it is faster at."""
+    pre_BS = torch.randn(2, S, generator=torch.Generator().manual_seed(3)).to(dtype).to(DEVICE)
+    pre_BS[0, 70], pre_BS[1, 64:] = torch.nan, -torch.inf
+    expected_BG = kernels.group_maxima(pre_BS, rule)
+    G, found_BG = expected_BG.shape[1], torch.empty_like(expected_BG)
+    kernels._group_maxima[(2,)](pre_BS, found_BG, S, G, 1, 4, rule == "magnitude", S % 64 != 0, False)
+    torch.testing.assert_close(found_BG, expected_BG, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
