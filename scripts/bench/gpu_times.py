@@ -22,11 +22,25 @@ from typing import Any
 import torch
 from gpu_arithmetic import BFLOAT16, FLOAT32, Size, auxk_ms, bound, stages
 from gpu_card import Ask, free, in_words, is_lost
-from gpu_implementations import FUSED, PEERS, PORTABLE, SPREADS, WAYS, Ours, Rows, dead_latents, fvu, peer, planted_rows
+from gpu_implementations import (
+    FUSED,
+    LEARNING_RATE,
+    PEERS,
+    PORTABLE,
+    SPREADS,
+    WAYS,
+    Ours,
+    Rows,
+    dead_latents,
+    fvu,
+    peer,
+    planted_rows,
+)
 from torch import Tensor
 
 from dictlearn import ops
-from dictlearn.ops import triton_pairs, triton_select
+from dictlearn.ops import triton_pairs, triton_select, triton_update
+from dictlearn.ops.row_gradients import AdamStep
 from dictlearn.training.finite import Unread
 
 BATCHES = 6
@@ -71,7 +85,10 @@ def ceilings(ask: Ask) -> None:
 
 
 def kernels(ask: Ask) -> None:
-    """Each kernel alone beside what torch offers, with the time that its bytes or operations take at the ceilings."""
+    """Each kernel alone beside what torch offers, with the time that its bytes or operations take at the ceilings.
+
+    What is gathered is counted without a cache, so that a share of the floor may be above 1.
+    """
     for spread in SPREADS:
         if spread == SPREADS[0]:
             encoder_kernels(ask, ask.size)
@@ -156,7 +173,28 @@ def pair_kernels(ask: Ask, size: Size, spread: str) -> None:
     counts = torch.bincount(chosen[0][1].flatten(), minlength=size.latents)
     on = f"{spread}: {int((counts > 0).sum()):,} latents, one in {int(counts.max()):,} of {size.batch:,} rows"
     bags = [triton_pairs.bags(indices, size.latents) for _, indices, _ in chosen]
+    W_dec, b_dec = ours.dictionary.W_dec, ours.dictionary.b_dec.detach()
+    triton_update.lowered(W_dec)  # from now on the update writes this copy too, as in training
+    mean_SD, square_SD = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    adam = AdamStep(LEARNING_RATE, (0.9, 0.999), 1e-8, torch.ones((), device=W_dec.device))
+
+    def update(bag: triton_pairs.Bags, values_BK: Tensor, rows_BD: Tensor) -> None:
+        gradient = triton_update.PairGradient(bag, values_BK, rows_BD, unit_rows=True)
+        gradient.update(W_dec, mean_SD, square_SD, adam)
+
+    batch_ms = 1e3 * size.batch * size.d / ask.rates.bytes
     calls: dict[str, tuple[list[Callable[[], object]], float]] = {
+        "row update of one matrix": (
+            [partial(update, bag, v, x) for bag, (v, _, x) in zip(bags, chosen, strict=True)],
+            (of["sums by latent"] + of["update"]) / 2,
+        ),
+        "errors (decode, bias, difference)": (
+            [
+                partial(triton_pairs.errors, v, i, W_SD, b_dec, x)
+                for (v, i, _), x in zip(chosen, rows.batches, strict=True)
+            ],
+            of["decoding"] + (2 * FLOAT32 + BFLOAT16) * batch_ms,
+        ),
         "decode": ([partial(triton_pairs.decode, v, i, W_SD) for v, i, _ in chosen], of["decoding"]),
         "pair_products": ([partial(triton_pairs.pair_products, x, W_SD, i) for _, i, x in chosen], of["decoding"]),
         "bags (sorting pairs)": (
