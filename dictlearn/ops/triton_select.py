@@ -12,7 +12,8 @@ The k-th largest is found bit by bit on integers that sort as the floats do: as 
 has bits. The same elements, out of the nearest cache now, are then put where they belong. Nothing is sorted, nothing
 depends on the data but values, and the same input gives the same bits.
 
-Everything is ordered as torch.topk orders it: NaN is the largest, -0 is 0. What ties is taken from the left.
+Everything is ordered as torch.topk orders it: NaN is the largest, -0 is 0. What ties is taken from the left. Tensors
+are contiguous, of bfloat16, float32 or float64, and on a GPU, or on a CPU for Triton's interpreter.
 
 Axes: B rows, S latents, G groups of a row, K selected per row, A elements of a row of `keep_topk`, N elements of a row
 or of its groups rounded up to a power of 2.
@@ -265,7 +266,7 @@ def _chosen(keys_P, threshold, needed, seen):
     """Which of the keys of a part of a row are among the k largest, and their places among them, from left to right.
 
     ``seen`` counts, in the parts before, keys above the threshold and, 2^16 times, keys that equal it; it is 0 for the
-    first part and given back for the next. Rows have fewer than 2^16 elements, so that one scan counts both.
+    first part and given back for the next. Rows have at most 2^15 elements, so that one scan counts both.
     """
     above_P = (keys_P > threshold).to(tl.int32)
     equal_P = (keys_P == threshold).to(tl.int32)
