@@ -89,7 +89,7 @@ def plan(sizes: tuple[Size, ...]) -> list[list[Lane]]:
         ],
         [
             [
-                *each("whole step", 30, 35, 55),
+                *each("whole step", 60, 40, 60),  # in the first the peers are imported
                 *each("stages", 12, 12, 15),
                 *each("ways", 15, 20, 25),
                 *each("kernels", 20, 20, 25),

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import gpu_checks
 import gpu_step
+import gpu_times
 import pytest
 import torch
 from gpu_arithmetic import SIZES, Rates, Size, bound, fewest_bytes, operations, stages
+from gpu_card import Ask, Card, is_lost
 from gpu_implementations import PORTABLE
+from train_step_worker import Implementation
 
 from dictlearn.ops import portable
 
@@ -122,6 +126,50 @@ def test_a_section_that_fails_is_reported_and_the_next_has_a_new_process(how, sa
     assert ("t" in results["tables"]) == (how == "fails"), "what was found before is kept"
 
 
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+class OutOfMemory(Implementation):
+    """Takes the first steps, and no more."""
+
+    taken = 0
+
+    def __init__(self, *arguments):
+        pass
+
+    def begin(self, *arguments):
+        pass
+
+    def step(self, x):
+        self.taken += 1
+        if self.taken > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_implementation_that_runs_out_of_memory_leaves_the_race(monkeypatch):
+    monkeypatch.setattr(gpu_times, "PEERS", {"large": ("json", OutOfMemory), "none": ("no_such_module", OutOfMemory)})
+    rows = []
+    card, until = Card(torch.device("cpu")), time.monotonic() + 100
+    ask = Ask(card, (SMALL,), Rates(), 2, 2, until, lambda table, row: rows.append(row))
+    gpu_times.race(ask, "uniform", {"ours": PORTABLE}, True, [0.0, 0.25])
+    assert [row["step"] for row in rows] == ["none", "large", "ours", "ours"]
+    assert rows[0]["error"] == "not installed" and rows[1]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert [row["after steps"] for row in rows[2:]] == [2 + 2 * 2, 2 + 2 * 2 + 1 + 2 * 2]
+    assert rows[2]["rounds"] == 2 and rows[2]["FVU"] > rows[3]["FVU"]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("no CUDA"), False),
+    ],
+)
+def test_only_what_costs_the_device_ends_a_process(error, lost):
+    assert is_lost(error) is lost
+
+
 # --- the checks -------------------------------------------------------------------------------------------------------
 
 
@@ -143,26 +191,30 @@ def test_a_step_with_dead_latents_passes(precision):
 
 
 def test_what_is_wrong_is_noticed(monkeypatch):
-    sums, products, select = portable._sum_by_latent, portable._pair_products, portable._select
-    calls = []
+    encode, calls = portable.encode_topk, []
 
-    def unsteady(*arguments):
-        calls.append(1)
-        return sums(*arguments) * (1 + 1e-3 * (len(calls) % 7))
+    def gradient_times(factor):
+        def wrong(*arguments):
+            codes = encode(*arguments)
+            calls.append(1)
+            times = factor(len(calls))
+            return codes._replace(values=codes.values * times - (codes.values * (times - 1)).detach())
 
-    def wrong_latents(x, W, b, k, also, rule):
-        values, latents, others = select(x, W, b, k, also, rule)
-        latents[:, -1] = (latents.amax(dim=1) + 1) % len(W)
-        return values, latents, others
+        return wrong
 
-    for name, broken, noticed in (
-        ("_pair_products", lambda *arguments: 1.1 * products(*arguments), {"gradients"}),
-        ("_sum_by_latent", unsteady, {"gradients", "bits"}),
-        ("_select", wrong_latents, {"missed", "output"}),
+    def wrong_latents(x, W, *arguments):
+        codes = encode(x, W, *arguments)
+        indices = codes.indices.clone()
+        indices[:, -1] = (indices.amax(dim=1) + 1) % len(W)
+        return codes._replace(indices=indices)
+
+    for broken, noticed in (
+        (gradient_times(lambda call: 1.1), {"gradients"}),
+        (gradient_times(lambda call: 1 + 1e-3 * (call % 7)), {"gradients", "bits"}),
+        (wrong_latents, {"missed", "output"}),
     ):
-        with monkeypatch.context() as patched:
-            patched.setattr(portable, name, broken)
-            assert noticed <= set(failures(replace(PORTABLE, precision="float32"))), name
+        monkeypatch.setattr(portable, "encode_topk", broken)
+        assert noticed <= set(failures(replace(PORTABLE, precision="float32"))), noticed
 
 
 def test_what_is_not_a_number_has_an_infinite_error():
