@@ -84,7 +84,8 @@ TILING_INTERPRETED = Tiling(rows=16, latents=128, width=16)
 
 def fits(width: int, dtype: torch.dtype) -> bool:
     """Whether `keep_topk` may be called on rows of ``width`` elements: they must fit into one program's registers."""
-    return triton.next_power_of_2(width) <= LARGEST_ROW // (2 if dtype == torch.float64 else 1)
+    largest = {torch.bfloat16: LARGEST_ROW, torch.float32: LARGEST_ROW, torch.float64: LARGEST_ROW // 2}
+    return triton.next_power_of_2(width) <= largest.get(dtype, 0)
 
 
 def selects(latents: int, k: int, dtype: torch.dtype) -> bool:
