@@ -1,14 +1,9 @@
-"""The sparse path in plain PyTorch: exact, deterministic, on any device. No [B*K, D] temporary, no dense gradient GEMM.
+"""The sparse path (`dictlearn.ops.sparse`) in plain PyTorch: exact, deterministic, on any device.
 
-The encoder's GEMM and the selection are dense, in blocks of rows over one reused buffer, so that the (B, S) matrix of
-pre-activations never exists; everything after them touches only the B*K selected pairs:
-
-* decode is an embedding bag over decoder rows;
-* the gradient of a value is a sampled product, one dot product per selected pair;
-* both weight gradients are the *reversed* embedding bag: the latents are the bags and the rows of the batch are what
-  is summed, after one sort of the B*K latent numbers. No atomics, hence deterministic;
-* the gradient of the pre-bias is one matrix-vector product with the summed gradients of the pre-activations;
-* the latents looked at besides (AuxK's dead ones) are small dense products that end in the same gradient buffers.
+The encoder's product and the selection are made in blocks of rows over one reused buffer, so that on a CPU the (B, S)
+matrix of pre-activations never exists. Decoding is an embedding bag over decoder rows, a value's gradient a sampled
+product, and a weight's gradient the *reversed* embedding bag: the latents are the bags, and the rows of the batch are
+what is summed. No atomics, hence deterministic; no [B*K, D] temporary, but where `_pair_products` is not on a CPU.
 
 Axes: B rows, D input width, O output width, S latents, K active per row, A latents looked at besides.
 """
@@ -26,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dictlearn.ops import reference
+from dictlearn.ops import reference, sparse
 from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes
 
 # torch says once that CSR tensors are in beta; the one documented function of them used here is stable
@@ -47,7 +42,7 @@ def encode_topk(
     rule: Rule = "relu",
 ) -> TopKCodes:
     """See `dictlearn.ops.reference.encode_topk`."""
-    return TopKCodes(*_EncodeTopK.apply(x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule))
+    return sparse.encode_topk(PRIMITIVES, x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule)
 
 
 def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
@@ -59,14 +54,14 @@ def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
     """See `dictlearn.ops.reference.decode`."""
-    return _Decode.apply(values_BK, indices_BK, W_dec_SO, None, None)[0]
+    return sparse.decode(PRIMITIVES, values_BK, indices_BK, W_dec_SO)[0]
 
 
 def decode_also(
     values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor, also_BA: Tensor, latents_A: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """See `dictlearn.ops.reference.decode_also`."""
-    return _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+    return sparse.decode(PRIMITIVES, values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
 
 
 def rebuild(
@@ -79,7 +74,7 @@ def rebuild(
     latents_A: Tensor | None = None,
 ) -> Rebuilt:
     """See `dictlearn.ops.reference.rebuild`."""
-    decoded_BO, also_BO = _Decode.apply(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+    decoded_BO, also_BO = sparse.decode(PRIMITIVES, values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
     return reference.compared(decoded_BO, bias, target_BO, also_BO)
 
 
@@ -97,98 +92,6 @@ class _KeepTopK(torch.autograd.Function):
     def backward(ctx: Any, grad_BA: Tensor) -> tuple[Tensor, None]:
         (kept_BA,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(grad_BA, kept_BA, 0), None
-
-
-class _EncodeTopK(torch.autograd.Function):
-    """One dense product forward; backward reaches x, W_enc, b_enc and b_pre through the selected pairs alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BD: Tensor,
-        W_enc_SD: Tensor,
-        b_enc_S: Tensor,
-        k: int,
-        b_pre_D: Tensor | None,
-        also_A: Tensor | None,
-        rule: Rule,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        centred_BD = x_BD if b_pre_D is None else x_BD - b_pre_D
-        values_BK, indices_BK, also_BA = _select(centred_BD, W_enc_SD, b_enc_S, k, also_A, rule)
-        ctx.save_for_backward(centred_BD, W_enc_SD, values_BK, indices_BK, also_A)
-        ctx.has_pre_bias, ctx.rectified = b_pre_D is not None, rule == "relu"
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(indices_BK)
-        return values_BK, indices_BK, also_BA
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BK: Tensor | None, _: None, grad_also_BA: Tensor | None) -> tuple[Tensor | None, ...]:
-        centred_BD, W_enc_SD, values_BK, indices_BK, also_A = ctx.saved_tensors
-        if grad_BK is None and grad_also_BA is None:
-            return (None,) * 7
-        if grad_BK is None:
-            grad_BK = torch.zeros_like(values_BK)
-        elif ctx.rectified:
-            grad_BK = grad_BK * (values_BK > 0)
-        bags = _bags(indices_BK, len(W_enc_SD))
-        grad_x = _bag_rows(indices_BK, grad_BK, W_enc_SD) if ctx.needs_input_grad[0] else None
-        grad_W = _sum_by_latent(bags, grad_BK, centred_BD) if ctx.needs_input_grad[1] else None
-        grad_b = _sum_by_latent(bags, grad_BK, centred_BD.new_ones(len(centred_BD), 1)).squeeze(1)
-        if grad_also_BA is not None:
-            grad_b.index_add_(0, also_A, grad_also_BA.sum(dim=0))
-            if grad_W is not None:
-                grad_W.index_add_(0, also_A, grad_also_BA.T @ centred_BD)
-            if grad_x is not None:
-                grad_x.addmm_(grad_also_BA, W_enc_SD[also_A])
-        # each row's gradient with respect to b_pre is minus that with respect to x: sum before the product, not after
-        grad_pre = -(grad_b @ W_enc_SD) if ctx.has_pre_bias else None
-        return grad_x, grad_W, grad_b, None, grad_pre, None, None
-
-
-class _Decode(torch.autograd.Function):
-    """Embedding bag with the reversed embedding bag as the weight's gradient, and a dense product beside it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values_BK: Tensor,
-        indices_BK: Tensor,
-        W_dec_SO: Tensor,
-        also_BA: Tensor | None,
-        latents_A: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
-        ctx.set_materialize_grads(False)
-        ctx.pairs = output_also = None
-        with torch.autocast(values_BK.device.type, enabled=False):
-            if also_BA is not None and latents_A is not None:
-                ctx.pairs = _pairs(also_BA, latents_A)
-                output_also = also_BA @ W_dec_SO[latents_A] if ctx.pairs is None else ctx.pairs.bag_rows(W_dec_SO)
-            return _bag_rows(indices_BK, values_BK, W_dec_SO), output_also
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BO: Tensor | None, grad_also_BO: Tensor | None) -> tuple[Tensor | None, ...]:
-        values_BK, indices_BK, W_dec_SO, also_BA, latents_A = ctx.saved_tensors
-        grad_values = grad_W = grad_also = None
-        if grad_BO is not None:
-            grad_BO = grad_BO.contiguous()
-            if ctx.needs_input_grad[0]:
-                grad_values = _pair_products(grad_BO, W_dec_SO, indices_BK)
-            if ctx.needs_input_grad[2]:
-                grad_W = _sum_by_latent(_bags(indices_BK, len(W_dec_SO)), values_BK, grad_BO)
-        if grad_also_BO is not None:
-            if ctx.needs_input_grad[2]:
-                if ctx.pairs is None:
-                    grad_W = torch.zeros_like(W_dec_SO) if grad_W is None else grad_W
-                    grad_W.index_add_(0, latents_A, also_BA.T @ grad_also_BO)
-                else:
-                    of_pairs = ctx.pairs.sum_by_latent(grad_also_BO.contiguous(), len(W_dec_SO))
-                    grad_W = of_pairs if grad_W is None else grad_W.add_(of_pairs)
-            if ctx.needs_input_grad[3]:
-                grad_also = grad_also_BO @ W_dec_SO[latents_A].T
-        return grad_values, None, grad_W, grad_also, None
 
 
 @dataclass(frozen=True)
@@ -236,10 +139,9 @@ def _pairs(also_BA: Tensor, latents_A: Tensor) -> _Pairs | None:
 
 
 def _select(
-    x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int, also_A: Tensor | None, rule: Rule
+    x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int, also_A: Tensor | None, rule: Rule, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values as the rule makes them, indices, and the pre-activations of the latents asked for besides."""
-    dtype = x_BD.dtype
     if torch.is_autocast_enabled(x_BD.device.type):
         low = torch.get_autocast_dtype(x_BD.device.type)
         x_BD, W_SD, b_S = x_BD.to(low), W_SD.to(low), b_S.to(low)
@@ -299,7 +201,7 @@ def _buffer(rows: int, S: int, like: Tensor, name: str = "pre-activations") -> T
     return kept[: rows * S].view(rows, S)
 
 
-def _bag_rows(indices_BK: Tensor, weights_BK: Tensor, W_SO: Tensor) -> Tensor:
+def _bag_rows(weights_BK: Tensor, indices_BK: Tensor, W_SO: Tensor) -> Tensor:
     """(B, O): for each row the weighted sum of the rows of W that it names."""
     return F.embedding_bag(indices_BK, W_SO, mode="sum", per_sample_weights=weights_BK.to(W_SO.dtype))
 
@@ -339,3 +241,14 @@ def _pair_products(rows_BO: Tensor, W_SO: Tensor, indices_BK: Tensor) -> Tensor:
         check_invariants=False,
     )
     return torch.sparse.sampled_addmm(pattern, rows_BO, W_SO.T, beta=0.0).values().view(B, K)
+
+
+PRIMITIVES = sparse.Primitives(
+    read=lambda weight: weight,  # in full precision: it is lowered for the encoder's product alone
+    select=_select,
+    bags=_bags,
+    sum_by_latent=_sum_by_latent,
+    decode=_bag_rows,
+    pair_products=_pair_products,
+    pairs=_pairs,
+)
