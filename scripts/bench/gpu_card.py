@@ -66,6 +66,20 @@ class Card:
         self.synchronise()
         return 1e3 * (time.perf_counter() - began) if self.measures else None
 
+    def queue_ms(self, run: Callable[[], object]) -> float | None:
+        """What the host needs to queue a call, while the device does something else."""
+        if not self.measures:
+            run()
+            return None
+        took = []
+        for _ in range(5):
+            self.synchronise()
+            torch.cuda._sleep(HOLD_CYCLES)
+            began = time.perf_counter()
+            run()
+            took.append(1e3 * (time.perf_counter() - began))
+        return median(took)
+
     def held_bytes(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.measures else 0
 

@@ -339,6 +339,8 @@ def run(options: argparse.Namespace, sizes: tuple[Size, ...]) -> Results:
         run_one = partial(run_lane, spare=spare, results=results, options=options, sizes=sizes, began=began)
         with ThreadPoolExecutor(len(wanted)) as pool:
             list(pool.map(run_one, filter(None, wanted)))
+    for worker in spare:
+        worker.close()
     return results
 
 
@@ -390,7 +392,7 @@ def run_lane(
             worker.close()
             worker = None
     if worker is not None:
-        worker.close()
+        spare.append(worker)
 
 
 if __name__ == "__main__":

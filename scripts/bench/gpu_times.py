@@ -238,7 +238,8 @@ class Contender:
 
 def against_peers(ask: Ask) -> None:
     """Ours, our portable operations and the peers, on latents of a power law; live and with dead latents."""
-    race(ask, SPREADS[0], {"ours": FUSED, "ours, portable operations": PORTABLE}, True, [0.0, DEAD_SHARE])
+    shares = [DEAD_SHARE] if ask.quick else [0.0, DEAD_SHARE]
+    race(ask, SPREADS[0], {"ours": FUSED, "ours, portable operations": PORTABLE}, True, shares)
 
 
 def against_peers_on_uniform_latents(ask: Ask) -> None:
@@ -364,6 +365,7 @@ def stages_of_step(ask: Ask) -> None:
 
         take(ask.warm_up)
         wall = ask.card.wall_ms(partial(take, steps))
+        queued = ask.card.queue_ms(partial(take, 1))
         if not ask.card.measures:
             ask.emit("stages", {"size": size.name, "dead": share, "kernel": "whole step", "ms": None})
             continue
@@ -384,7 +386,9 @@ def stages_of_step(ask: Ask) -> None:
             row = {"kernel": name[:90], "ms": took[name], "share": took[name] / whole, "calls": calls[name] / steps}
             ask.emit("stages", {"size": size.name, "dead": share, **row})
         others = busy - sum(took[name] for name in shown)
-        for name, ms in {"other kernels": others, "nothing runs": whole - busy, "whole step": whole}.items():
+        rest = {"other kernels": others, "nothing runs": whole - busy, "whole step": whole}
+        rest["the host, to queue a step"] = queued or 0.0
+        for name, ms in rest.items():
             ask.emit("stages", {"size": size.name, "dead": share, "kernel": name, "ms": ms, "share": ms / whole})
 
 
