@@ -82,6 +82,7 @@ def from_memory(config: TrainConfig[Any], workspace: Workspace) -> float:
     processes = parallel.join(config)
     try:
         loader = checked.loader
+        loader.device = processes.device
         first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
         run = Run(config, workspace.run(config.name), checked.controls[0])
         member = build(run, first, loader, processes).member
