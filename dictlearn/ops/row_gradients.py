@@ -113,10 +113,16 @@ def drop(parameters: Iterable[Tensor]) -> None:
         parameter.__dict__.pop("row_gradients", None)
 
 
+def state_of(parameter: Tensor) -> tuple[int, int]:
+    """What changes when a parameter is written, or its memory is replaced (as moving it to another device does)."""
+    return parameter._version, parameter.data_ptr()
+
+
 def note_unit_rows(parameter: Tensor) -> None:
     """Say that an update has left all rows at unit norm; it holds until the parameter is written again."""
-    parameter.__dict__["unit_rows_at"] = parameter._version
+    parameter.__dict__["unit_rows_at"] = state_of(parameter)
 
 
 def has_unit_rows(parameter: Tensor) -> bool:
-    return parameter.__dict__.get("unit_rows_at") == parameter._version
+    found = parameter.__dict__.get("unit_rows_at")
+    return found is not None and found == state_of(parameter)

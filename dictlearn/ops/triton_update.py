@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from dictlearn.ops.row_gradients import AdamStep, note_unit_rows
+from dictlearn.ops.row_gradients import AdamStep, note_unit_rows, state_of
 from dictlearn.ops.triton_pairs import (
     UNROLL,
     Bags,
@@ -151,23 +151,23 @@ class PairGradient:
 def lowered(weight_SD: Tensor) -> Tensor:
     """The weights in bfloat16: the copy that the last update wrote, or a new one, which updates will write from now on.
 
-    A copy belongs to one version of the weights; whoever writes them in any other way raises their version.
+    A copy belongs to one state of the weights; whoever writes them in any other way changes that.
     """
     copy_SD = _copy_of(weight_SD)
     if copy_SD is None:
         copy_SD = weight_SD.detach().to(torch.bfloat16)
-        if isinstance(weight_SD, torch.nn.Parameter):
+        if isinstance(weight_SD, torch.nn.Parameter) and not weight_SD.is_inference():
             _keep(weight_SD, copy_SD)
     return copy_SD
 
 
 def _copy_of(weight_SD: Tensor) -> Tensor | None:
-    version, copy_SD = weight_SD.__dict__.get("copy_in_bfloat16", (-1, None))
-    return copy_SD if version == weight_SD._version else None
+    made_of, copy_SD = weight_SD.__dict__.get("copy_in_bfloat16", (None, None))
+    return copy_SD if made_of is not None and made_of == state_of(weight_SD) else None
 
 
 def _keep(weight_SD: Tensor, copy_SD: Tensor) -> None:
-    weight_SD.__dict__["copy_in_bfloat16"] = (weight_SD._version, copy_SD)
+    weight_SD.__dict__["copy_in_bfloat16"] = (state_of(weight_SD), copy_SD)
 
 
 def two_blocks(width: int) -> tuple[int, int]:

@@ -114,6 +114,10 @@ def test_the_copy_in_bfloat16_follows_the_weights():
         weight.mul_(2)  # by anybody else
         assert lowered(weight) is not copy and torch.equal(lowered(weight), weight.bfloat16())
         assert not row_gradients.has_unit_rows(weight)
+        copy = lowered(weight)
+        assert lowered(weight) is copy
+        weight.data = -weight.data.clone()  # as moving it elsewhere does, which no version shows
+        assert torch.equal(lowered(weight), weight.bfloat16())
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 17, 64, 768, 1000, 2304, 3584, 4096])

@@ -167,8 +167,8 @@ def test_in_bfloat16_the_copies_follow_the_weights_and_the_loss_falls_as_in_floa
     full = trained("reference", config, None, dtype=torch.float32, steps=4)
     for name in ("W_enc", "W_dec"):
         weight = getattr(low[0].dictionary, name)
-        version, copy = weight.__dict__["copy_in_bfloat16"]
-        assert version == weight._version
+        made_of, copy = weight.__dict__["copy_in_bfloat16"]
+        assert made_of == row_gradients.state_of(weight)
         torch.testing.assert_close(copy.float(), weight.detach(), rtol=2**-7, atol=1e-6)
     for a, b in zip(low[1], full[1], strict=True):
         torch.testing.assert_close(a.loss.total, b.loss.total, rtol=0.05, atol=0)
