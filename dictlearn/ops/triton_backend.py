@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dictlearn.ops import portable, reference, sparse
+from dictlearn.ops.launching import launching_on
 from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes
-from dictlearn.ops.triton_pairs import bags, errors, launching_on, pair_products, sum_by_latent
+from dictlearn.ops.triton_pairs import bags, errors, pair_products, sum_by_latent
 from dictlearn.ops.triton_pairs import decode as decode_pairs
 from dictlearn.ops.triton_select import fits, group_maxima, select, selects
 from dictlearn.ops.triton_select import keep_topk as keep_topk_of_rows

@@ -19,13 +19,14 @@ Axes: B rows, K slots per row, P = B K pairs, D or O width of a vector, S latent
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dictlearn.ops.launching import parts, power_of_2
 
 COLUMNS = 256
 """Columns of one program: 16 bytes of bfloat16 for each lane of a warp."""
@@ -58,11 +59,6 @@ class Bags:
     @property
     def latents(self) -> int:
         return len(self.offsets) - 1
-
-
-def launching_on(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which Triton launches on a device: it takes the current one, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def bags(indices_BK: Tensor, latents: int) -> Bags:
@@ -103,7 +99,7 @@ def errors(
     """
     (B, K), width = indices_BK.shape, W_SO.shape[1]
     columns = _columns(width)
-    blocks = triton.cdiv(width, columns)
+    blocks = parts(width, columns)
     kind, sum_type = _sum_type(values_BK, W_SO)
     output_BO, errors_BO = values_BK.new_empty(B, width), W_SO.new_empty(B, width)
     squares = values_BK.new_empty(B, blocks, dtype=kind)
@@ -143,7 +139,7 @@ def sums_of_pieces(of: Bags, weights_BK: Tensor, rows_BD: Tensor) -> Tensor:
     out_MD = rows_BD.new_empty(len(of.latent_of_piece), width, dtype=_sum_type(weights_BK, rows_BD)[0])
     columns = _columns(width)
     if len(out_MD):
-        _pieces_kernel[(len(out_MD), triton.cdiv(width, columns))](
+        _pieces_kernel[(len(out_MD), parts(width, columns))](
             out_MD,
             of.order,
             of.offsets,
@@ -160,7 +156,7 @@ def sums_of_pieces(of: Bags, weights_BK: Tensor, rows_BD: Tensor) -> Tensor:
             SUM=_sum_type(weights_BK, rows_BD)[1],
             num_warps=1,
         )
-        _add_pieces_kernel[(len(out_MD), triton.cdiv(width, columns))](
+        _add_pieces_kernel[(len(out_MD), parts(width, columns))](
             out_MD, of.pieces, of.latent_of_piece, of.latents, width, COLUMNS=columns, num_warps=1
         )
     return out_MD
@@ -171,9 +167,9 @@ def pair_products(rows_BO: Tensor, W_SO: Tensor, indices_BK: Tensor) -> Tensor:
     (B, K), width = indices_BK.shape, W_SO.shape[1]
     kind, sum_type = _sum_type(rows_BO, W_SO)
     out_BK = rows_BO.new_empty(B, K, dtype=kind)
-    tile = min(PRODUCTS, triton.next_power_of_2(K))
+    tile = min(PRODUCTS, power_of_2(K))
     if B:
-        _products_kernel[(B, triton.cdiv(K, tile))](
+        _products_kernel[(B, parts(K, tile))](
             out_BK, rows_BO, W_SO, indices_BK, width, SLOTS=K, TILE=tile, COLUMNS=_columns(width), SUM=sum_type
         )
     return out_BK
@@ -193,7 +189,7 @@ def _launch_sums(
     units, width = out.shape
     columns = _columns(width)
     if units:
-        _sums_kernel[(units, triton.cdiv(width, columns))](
+        _sums_kernel[(units, parts(width, columns))](
             out,
             numbers,
             offsets,
@@ -212,7 +208,7 @@ def _launch_sums(
 
 
 def _columns(width: int) -> int:
-    return min(COLUMNS, triton.next_power_of_2(width))
+    return min(COLUMNS, power_of_2(width))
 
 
 def _sum_type(*tensors: Tensor) -> tuple[torch.dtype, tl.dtype]:

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dictlearn.ops.launching import parts, power_of_2
 from dictlearn.ops.reference import Rule
 
 GROUP = 64
@@ -85,17 +86,17 @@ TILING_INTERPRETED = Tiling(rows=16, latents=128, width=16)
 def fits(width: int, dtype: torch.dtype) -> bool:
     """Whether `keep_topk` may be called on rows of ``width`` elements: they must fit into one program's registers."""
     largest = {torch.bfloat16: LARGEST_ROW, torch.float32: LARGEST_ROW, torch.float64: LARGEST_ROW // 2}
-    return triton.next_power_of_2(width) <= largest.get(dtype, 0)
+    return power_of_2(width) <= largest.get(dtype, 0)
 
 
 def selects(latents: int, k: int, dtype: torch.dtype) -> bool:
     """Whether `select` may be called for the k largest of ``latents``: k groups must fit, and all groups' maxima."""
     groups = number_of_groups(latents)
-    return fits(groups, dtype) and fits(GROUP * triton.next_power_of_2(min(k, groups)), dtype)
+    return fits(groups, dtype) and fits(GROUP * power_of_2(min(k, groups)), dtype)
 
 
 def number_of_groups(latents: int) -> int:
-    return triton.cdiv(latents, GROUP)
+    return parts(latents, GROUP)
 
 
 def group_maxima(pre_BS: Tensor, rule: Rule) -> Tensor:
@@ -103,8 +104,8 @@ def group_maxima(pre_BS: Tensor, rule: Rule) -> Tensor:
     B, S = pre_BS.shape
     maxima_BG = pre_BS.new_empty(B, number_of_groups(S))
     G = maxima_BG.shape[1]
-    groups = min(triton.next_power_of_2(G), BYTES_PER_PROGRAM // (GROUP * pre_BS.element_size()))
-    chunks = triton.cdiv(G, groups)
+    groups = min(power_of_2(G), BYTES_PER_PROGRAM // (GROUP * pre_BS.element_size()))
+    chunks = parts(G, groups)
     interpreted = pre_BS.device.type == "cpu"
     _group_maxima[(B * chunks,)](
         pre_BS, maxima_BG, S, G, chunks, groups, rule == "magnitude", S % GROUP != 0, interpreted, num_warps=4
@@ -131,7 +132,7 @@ def product_with_maxima(x_BD: Tensor, W_SD: Tensor, b_S: Tensor, tiling: Tiling 
         TensorDescriptor.from_tensor(matrix, [rows, columns]) if described else matrix
         for matrix, columns, rows in matrices
     )
-    tiles = triton.cdiv(B, tiling.rows) * triton.cdiv(S, tiling.latents)
+    tiles = parts(B, tiling.rows) * parts(S, tiling.latents)
     _product_with_maxima[(min(tiles, tiling.programs * _multiprocessors(x_BD.device)),)](
         x, W, b_S, pre, maxima_BG, B, S, D, maxima_BG.shape[1],
         described, *tiling[:4], S % GROUP != 0, interpreted, num_stages=tiling.stages, num_warps=tiling.warps,
@@ -159,7 +160,7 @@ def select(pre_BS: Tensor, maxima_BG: Tensor, k: int, rule: Rule) -> tuple[Tenso
     (B, S), G = pre_BS.shape, maxima_BG.shape[1]
     chosen = min(k, G)
     groups_BK = torch.empty(B, chosen, dtype=torch.int32, device=pre_BS.device)
-    N, slots = triton.next_power_of_2(G), triton.next_power_of_2(chosen)
+    N, slots = power_of_2(G), power_of_2(chosen)
     warps = _warps(N)
     _choose_groups[(B,)](maxima_BG, groups_BK, G, chosen, N, _part(N, warps), num_warps=warps)
     values_BK = pre_BS.new_empty(B, k)
@@ -176,7 +177,7 @@ def keep_topk(pre_BA: Tensor, k: int, rule: Rule) -> Tensor:
     """(B, A): what the rule makes of the k largest of each row, 0 in other places. Call it where `fits` says so."""
     B, A = pre_BA.shape
     kept_BA = torch.empty_like(pre_BA)
-    N = triton.next_power_of_2(A)
+    N = power_of_2(A)
     warps = _warps(N)
     _keep_topk[(B,)](pre_BA, kept_BA, A, min(k, A), rule, N, _part(N, warps), num_warps=warps)
     return kept_BA

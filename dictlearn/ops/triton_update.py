@@ -27,15 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from dictlearn.ops.launching import launching_on, power_of_2
 from dictlearn.ops.row_gradients import AdamStep, note_unit_rows, state_of
-from dictlearn.ops.triton_pairs import (
-    UNROLL,
-    Bags,
-    launching_on,
-    part_of_latent,
-    sum_by_latent,
-    sums_of_pieces,
-)
+from dictlearn.ops.triton_pairs import UNROLL, Bags, part_of_latent, sum_by_latent, sums_of_pieces
 
 LEAST = 1e-12
 """Norm below which a row is not scaled up."""
@@ -173,7 +167,7 @@ def _keep(weight_SD: Tensor, copy_SD: Tensor) -> None:
 def two_blocks(width: int) -> tuple[int, int]:
     """Two powers of two that cover a row: 512 and 256 for 768, 2048 and 256 for 2304, two of 2048 for 4096."""
     first = 1 << max(0, (width - 1).bit_length() - 1)
-    return first, triton.next_power_of_2(max(1, width - first))
+    return first, power_of_2(max(1, width - first))
 
 
 def _numbers(step: AdamStep, dtype: torch.dtype) -> Tensor:

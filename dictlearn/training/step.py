@@ -180,5 +180,5 @@ def with_rows(norm: Tensor, member: Member) -> Tensor:
 
 
 def _row_gradients(member: Member) -> list[tuple[Tensor, row_gradients.RowGradient]]:
-    found = [(parameter, row_gradients.of(parameter)) for parameter in member.dictionary.parameters()]
+    found = [(parameter, row_gradients.of(parameter)) for parameter in member.optimiser.parameters]
     return [(parameter, gradient) for parameter, gradient in found if gradient is not None]
