@@ -65,15 +65,15 @@ class Backend(Protocol):
     """What a module of this room has to offer; `dictlearn.ops.reference` says what each function means."""
 
     def encode_topk(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, also: Tensor | None, rule: Rule
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, also: Tensor | None, rule: Rule, /
     ) -> TopKCodes: ...
 
-    def keep_topk(self, pre: Tensor, k: int, rule: Rule) -> Tensor: ...
+    def keep_topk(self, pre: Tensor, k: int, rule: Rule, /) -> Tensor: ...
 
-    def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor: ...
+    def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor, /) -> Tensor: ...
 
     def decode_also(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, also: Tensor, latents: Tensor
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, also: Tensor, latents: Tensor, /
     ) -> tuple[Tensor, Tensor]: ...
 
     def rebuild(
@@ -85,6 +85,7 @@ class Backend(Protocol):
         target: Tensor,
         also: Tensor | None,
         latents: Tensor | None,
+        /,
     ) -> Rebuilt: ...
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dictlearn.ops import reference, sparse
-from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes
+from dictlearn.ops.reference import Rule
 
 # torch says once that CSR tensors are in beta; the one documented function of them used here is stable
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -32,50 +32,11 @@ BUFFER_ELEMENTS = 2**24
 step takes 3 to 5 % longer, with all 4096 rows of a batch no less."""
 
 
-def encode_topk(
-    x_BD: Tensor,
-    W_enc_SD: Tensor,
-    b_enc_S: Tensor,
-    k: int,
-    b_pre_D: Tensor | None = None,
-    also_A: Tensor | None = None,
-    rule: Rule = "relu",
-) -> TopKCodes:
-    """See `dictlearn.ops.reference.encode_topk`."""
-    return sparse.encode_topk(PRIMITIVES, x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule)
-
-
 def keep_topk(pre_BA: Tensor, k: int, rule: Rule = "relu") -> Tensor:
     """See `dictlearn.ops.reference.keep_topk`."""
     if rule != "relu":
         return reference.keep_topk(pre_BA, k, rule)
     return pre_BA.relu() if k >= pre_BA.shape[1] else _KeepTopK.apply(pre_BA, k)
-
-
-def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
-    """See `dictlearn.ops.reference.decode`."""
-    return sparse.decode(PRIMITIVES, values_BK, indices_BK, W_dec_SO)[0]
-
-
-def decode_also(
-    values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor, also_BA: Tensor, latents_A: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """See `dictlearn.ops.reference.decode_also`."""
-    return sparse.decode(PRIMITIVES, values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
-
-
-def rebuild(
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    W_dec_SO: Tensor,
-    bias: Tensor,
-    target_BO: Tensor,
-    also_BA: Tensor | None = None,
-    latents_A: Tensor | None = None,
-) -> Rebuilt:
-    """See `dictlearn.ops.reference.rebuild`."""
-    decoded_BO, also_BO = sparse.decode(PRIMITIVES, values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
-    return reference.compared(decoded_BO, bias, target_BO, also_BO)
 
 
 class _KeepTopK(torch.autograd.Function):
@@ -252,3 +213,6 @@ PRIMITIVES = sparse.Primitives(
     pair_products=_pair_products,
     pairs=_pairs,
 )
+_operations = sparse.Operations(PRIMITIVES)
+encode_topk, rebuild = _operations.encode_topk, _operations.rebuild
+decode, decode_also = _operations.decode, _operations.decode_also

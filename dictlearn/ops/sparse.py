@@ -6,7 +6,7 @@ the weighted sum of the rows that selected it, after one sort of the pairs by la
 one product with the summed gradients of the pre-activations. Latents that are looked at besides (AuxK's dead ones) are
 small dense products that end in the same gradients.
 
-How each of these is computed is a backend's own: its `Primitives`.
+How each of these is computed is a backend's own: its `Primitives`. `Operations` are what it makes of them.
 
 Axes: B rows, D input width, O output width, S latents, K active per row, A latents looked at besides.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dictlearn.ops import row_gradients
-from dictlearn.ops.reference import Rule, TopKCodes
+from dictlearn.ops.reference import Rebuilt, Rule, TopKCodes, compared
 
 
 class Pairs(Protocol):
@@ -55,7 +56,10 @@ class Primitives:
         decode: weights (B, K), indices, vectors (S, O) -> (B, O).
         pair_products: rows (B, O), vectors (S, O), indices -> (B, K).
         pairs: dense activations (B, A) and their latents as pairs, or None where a dense product is faster.
+        errors: values, indices, vectors, bias, target -> the output (B, O), target minus output as the backward pass
+            reads it, and the sum of its squares; where decoding and comparing are one.
         row_gradient: bags, weights, rows, latents, dense gradients (A, D) -> a `RowGradient`, where there are any.
+        launching_on: a context for the forward pass on a device.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -67,37 +71,75 @@ class Primitives:
     decode: Callable[[Tensor, Tensor, Tensor], Tensor]
     pair_products: Callable[[Tensor, Tensor, Tensor], Tensor]
     pairs: Callable[[Tensor, Tensor], Pairs | None] = _dense
+    errors: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     row_gradient: Callable[..., row_gradients.RowGradient] | None = None
+    launching_on: Callable[[torch.device], AbstractContextManager[object]] = nullcontext
 
     def wanted(self, weight: Tensor) -> Tensor | None:
         """The weight itself, where its gradient is to be left on it as a row gradient."""
         return weight if self.row_gradient is not None and row_gradients.is_wanted(weight) else None
 
 
-def encode_topk(
-    by: Primitives,
-    x_BD: Tensor,
-    W_enc_SD: Tensor,
-    b_enc_S: Tensor,
-    k: int,
-    b_pre_D: Tensor | None,
-    also_A: Tensor | None,
-    rule: Rule,
-) -> TopKCodes:
-    """See `dictlearn.ops.reference.encode_topk`."""
-    return TopKCodes(*_EncodeTopK.apply(by, x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule, by.wanted(W_enc_SD)))
+class Operations:
+    """The operations of `dictlearn.ops` over a backend's primitives; `dictlearn.ops.reference` says what each means."""
 
+    def __init__(self, by: Primitives) -> None:
+        self._by = by
 
-def decode(
-    by: Primitives,
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    W_dec_SO: Tensor,
-    also_BA: Tensor | None = None,
-    latents_A: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """See `dictlearn.ops.reference.decode_also`; without dense activations nothing for them."""
-    return _Decode.apply(by, values_BK, indices_BK, W_dec_SO, also_BA, latents_A, by.wanted(W_dec_SO))
+    def encode_topk(
+        self,
+        x_BD: Tensor,
+        W_enc_SD: Tensor,
+        b_enc_S: Tensor,
+        k: int,
+        b_pre_D: Tensor | None = None,
+        also_A: Tensor | None = None,
+        rule: Rule = "relu",
+    ) -> TopKCodes:
+        by, wanted = self._by, self._by.wanted(W_enc_SD)
+        with by.launching_on(x_BD.device):
+            return TopKCodes(*_EncodeTopK.apply(by, x_BD, W_enc_SD, b_enc_S, k, b_pre_D, also_A, rule, wanted))
+
+    def decode(self, values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor) -> Tensor:
+        return self._decoded(values_BK, indices_BK, W_dec_SO, None, None)[0]
+
+    def decode_also(
+        self, values_BK: Tensor, indices_BK: Tensor, W_dec_SO: Tensor, also_BA: Tensor, latents_A: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        decoded_BO, also_BO = self._decoded(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+        assert also_BO is not None
+        return decoded_BO, also_BO
+
+    def rebuild(
+        self,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        W_dec_SO: Tensor,
+        bias: Tensor,
+        target_BO: Tensor,
+        also_BA: Tensor | None = None,
+        latents_A: Tensor | None = None,
+    ) -> Rebuilt:
+        by, wanted = self._by, self._by.wanted(W_dec_SO)
+        if by.errors is None:
+            decoded_BO, also_BO = self._decoded(values_BK, indices_BK, W_dec_SO, also_BA, latents_A)
+            return compared(decoded_BO, bias, target_BO, also_BO)
+        with by.launching_on(values_BK.device):
+            return Rebuilt(
+                *_Rebuild.apply(by, values_BK, indices_BK, W_dec_SO, bias, target_BO, also_BA, latents_A, wanted)
+            )
+
+    def _decoded(
+        self,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        W_dec_SO: Tensor,
+        also_BA: Tensor | None,
+        latents_A: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        by, wanted = self._by, self._by.wanted(W_dec_SO)
+        with by.launching_on(values_BK.device):
+            return _Decode.apply(by, values_BK, indices_BK, W_dec_SO, also_BA, latents_A, wanted)
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -191,6 +233,61 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[3] and (grad_BO is not None or grad_also_BO is not None):
             grad_W = ctx.also.weight_gradient(values_BK, indices_BK, grad_BO, grad_also_BO, ctx.wanted)
         return None, grad_values, None, grad_W, grad_also, None, None
+
+
+class _Rebuild(torch.autograd.Function):
+    """Decoding, bias, error and its square in one pass.
+
+    The gradient of the mean squared error by the output is -2 / (B O) times the error. So the error is kept as the
+    backward pass reads it, and the factor goes into what is summed over pairs, of which there are few.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        by: Primitives,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        W_dec_SO: Tensor,
+        bias: Tensor,
+        target_BO: Tensor,
+        also_BA: Tensor | None,
+        latents_A: Tensor | None,
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        read_SO, values_BK, indices_BK = by.read(W_dec_SO), values_BK.contiguous(), indices_BK.contiguous()
+        assert by.errors is not None
+        output_BO, errors_BO, squares = by.errors(
+            values_BK, indices_BK, read_SO, bias.contiguous(), target_BO.contiguous()
+        )
+        with torch.autocast(values_BK.device.type, enabled=False):
+            ctx.also = Also(by, also_BA, latents_A, read_SO)
+            also_BO = ctx.also.decoded(values_BK.dtype)
+        ctx.save_for_backward(values_BK, indices_BK, read_SO, errors_BO)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output_BO)
+        ctx.by, ctx.wanted, ctx.bias_of_row = by, wanted, bias.ndim == 2
+        return squares / output_BO.numel(), output_BO, also_BO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None, grad_also_BO: Tensor | None) -> tuple[Tensor | None, ...]:
+        values_BK, indices_BK, read_SO, errors_BO = ctx.saved_tensors
+        grad_values = grad_W = grad_bias = grad_also = None
+        if grad_also_BO is not None and ctx.needs_input_grad[6]:
+            grad_also = ctx.also.gradient(grad_also_BO)
+        weights_BK, rows_BO = values_BK, None
+        if grad is not None:
+            factor = grad.to(values_BK.dtype) * (-2 / errors_BO.numel())
+            weights_BK, rows_BO = values_BK * factor, errors_BO
+            if ctx.needs_input_grad[1]:
+                grad_values = ctx.by.pair_products(errors_BO, read_SO, indices_BK).to(values_BK.dtype) * factor
+            if ctx.needs_input_grad[4]:
+                of_rows = errors_BO.to(values_BK.dtype) if ctx.bias_of_row else errors_BO.sum(0, dtype=values_BK.dtype)
+                grad_bias = of_rows * factor
+        if ctx.needs_input_grad[3] and (grad is not None or grad_also_BO is not None):
+            grad_W = ctx.also.weight_gradient(weights_BK, indices_BK, rows_BO, grad_also_BO, ctx.wanted)
+        return None, grad_values, None, grad_W, grad_bias, None, grad_also, None, None
 
 
 class Also:

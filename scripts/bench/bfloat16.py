@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.metrics.evaluation import row_batches
 from dictlearn.ops import portable, reference, sparse
-from dictlearn.ops.reference import Rebuilt, Rule
+from dictlearn.ops.reference import Rule
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.optimisers import Optimiser
 from dictlearn.training.step import Member, take_step
@@ -58,7 +57,8 @@ def select(
     x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int, also_A: Tensor | None, rule: Rule, kind: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Products of what is stored in bfloat16, summed in float32 with the bias, and rounded once."""
-    pre_BS = torch.addmm(b_S.to(W_SD.dtype).float(), x_BD.float(), W_SD.float().T).to(W_SD.dtype)
+    with torch.autocast("cpu", enabled=False):
+        pre_BS = torch.addmm(b_S.to(W_SD.dtype).float(), x_BD.float(), W_SD.float().T).to(W_SD.dtype)
     values_BK, indices_BK = reference.largest(pre_BS, k, rule)
     return values_BK.to(kind), indices_BK, None if also_A is None else pre_BS[:, also_A].to(kind)
 
@@ -75,32 +75,11 @@ ROUNDING = sparse.Primitives(
 )
 
 
-def rebuild(
-    values: Tensor,
-    indices: Tensor,
-    W_dec: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    also: Tensor | None = None,
-    latents: Tensor | None = None,
-) -> Rebuilt:
-    decoded, decoded_also = sparse.decode(ROUNDING, values, indices, W_dec, also, latents)
-    return reference.compared(decoded, bias, target, decoded_also)
+class Rounding(sparse.Operations):
+    keep_topk = staticmethod(portable.keep_topk)
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_pre: Tensor | None, also: Tensor | None, rule: Rule
-) -> ops.TopKCodes:
-    with torch.autocast("cpu", enabled=False):
-        return sparse.encode_topk(ROUNDING, x, W_enc, b_enc, k, b_pre, also, rule)
-
-
-ops.BACKENDS["rounding"] = lambda: SimpleNamespace(
-    encode_topk=encode_topk,
-    rebuild=rebuild,
-    keep_topk=portable.keep_topk,
-    decode=lambda values, indices, W_dec: sparse.decode(ROUNDING, values, indices, W_dec)[0],
-)
+ops.BACKENDS["rounding"] = lambda: Rounding(ROUNDING)
 
 
 # --- training and measuring -------------------------------------------------------------------------------------------
