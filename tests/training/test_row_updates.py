@@ -171,7 +171,8 @@ def test_in_bfloat16_the_copies_follow_the_weights_and_the_loss_falls_as_in_floa
         assert made_of == row_gradients.state_of(weight)
         torch.testing.assert_close(copy.float(), weight.detach(), rtol=2**-7, atol=1e-6)
     for a, b in zip(low[1], full[1], strict=True):
-        torch.testing.assert_close(a.loss.total, b.loss.total, rtol=0.05, atol=0)
+        # four series of batches: at most 0.004 apart
+        torch.testing.assert_close(a.loss.total, b.loss.total, rtol=0.02, atol=0)
 
 
 def test_other_optimisers_get_ordinary_gradients():
