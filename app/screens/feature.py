@@ -26,6 +26,7 @@ from dictlearn_app.views.sheet import (
     heading,
     hint,
     histogram,
+    problem,
     prose_note,
     row,
     section,
@@ -95,7 +96,7 @@ def steps(index: FeatureIndex, link: links.FeatureLink, names: Sequence[str], no
         controls.whole(
             "Latent", link.latent, lambda latent: replace(link, latent=latent), "feature.latent", 0, last, width=140
         )
-        note(index, link, notes)
+        not_kept = note(index, link, notes)
         controls.switch(
             "Whole passages",
             bool(link.wrapped),
@@ -103,6 +104,8 @@ def steps(index: FeatureIndex, link: links.FeatureLink, names: Sequence[str], no
             "feature.wrapped",
             "with their line breaks, instead of one line each under one another's peaks",
         )
+    if not_kept:
+        sheet([problem(f"The note is not kept. {not_kept}")], "feature.note.refused")
 
 
 def title(page: FeaturePage, link: links.FeatureLink) -> Block:
@@ -134,11 +137,13 @@ def shares(value: float | None) -> str:
     return "–" if value is None else percent(value)
 
 
-def note(index: FeatureIndex, link: links.FeatureLink, notes: Notes) -> None:
-    """What a person calls this latent; kept in the workspace's notes.sqlite when the field is left."""
+def note(index: FeatureIndex, link: links.FeatureLink, notes: Notes) -> str | None:
+    """What a person calls this latent, kept in the workspace's notes.sqlite; gives why the last one was not."""
     made = index.manifest.made_from
     where = (made.run, made.dictionary_fingerprint, link.latent)
-    controls.note("Note", lambda: notes.read(*where), lambda text: notes.write(*where, text), f"feature.note.{where}")
+    return controls.note(
+        "Note", lambda: notes.read(*where), lambda text: notes.write(*where, text), f"feature.note.{where}"
+    )
 
 
 def side(page: FeaturePage, link: links.FeatureLink) -> list[Block]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from activation_store.errors import UserError
 from dictlearn_app import links, router
 
 Change = Callable[[Any], links.Link]
@@ -81,12 +82,32 @@ def share(label: str, value: float, change: Change, key: str) -> None:
     )
 
 
-def note(label: str, read: Callable[[], str], write: Callable[[str], None], key: str) -> None:
-    """A line that a person writes; saved when the field is left. ``key`` must name what it is about."""
-    _show(key, read())
-    st.text_input(
-        label, key=key, on_change=lambda: write(st.session_state[key]), placeholder="what is this?", width=480
-    )
+def note(label: str, read: Callable[[], str], write: Callable[[str], None], key: str) -> str | None:
+    """A line that a person writes, saved when the field is left. ``key`` must name what it is about.
+
+    The page says once a text is kept: until then, closing it may lose what was typed a moment ago. A text that
+    ``write`` refuses stays in the field.
+
+    Returns:
+        Why the text in the field could not be kept; None when it was.
+    """
+    refused = f"{key}.refused"
+
+    def keep() -> None:
+        try:
+            write(st.session_state[key])
+        except UserError as error:
+            st.session_state[refused] = str(error)
+        else:
+            st.session_state.pop(refused, None)
+            st.toast(f"{label} kept")
+
+    if key not in st.session_state:
+        st.session_state.pop(refused, None)
+    if refused not in st.session_state:
+        _show(key, read())
+    st.text_input(label, key=key, on_change=keep, placeholder="what is this?", width=480)
+    return st.session_state.get(refused)
 
 
 def step(label: str, link: links.Link | None, key: str, shortcut: str, why: str) -> None:

@@ -124,8 +124,10 @@ def test_strips_are_walked_and_opened_by_keyboard(tab: Any) -> None:
 
 def test_a_note_is_kept(tab: Any) -> None:
     tab.show("feature?index=sae&latent=9")
-    tab.get_by_label("Note").fill("<b>dots</b> and **stars**")
-    tab.get_by_label("Note").press("Enter")
+    field = tab.get_by_label("Note", exact=True)
+    field.fill("<b>dots</b> and **stars**")
+    field.press("Enter")
+    expect(tab.get_by_text("Note kept", exact=True)).to_be_visible()  # what is on its way when a page closes is lost
     tab.show("features?index=sae&search=dots")
     expect(tab.locator("tbody tr")).to_have_count(1)
     expect(tab.locator("tbody td").last).to_have_text("<b>dots</b> and **stars**")

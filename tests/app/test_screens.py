@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -243,8 +244,31 @@ def test_a_note_is_kept_and_listed(screen: Open, own: Path) -> None:
     field.input("**fires** on <b>dots</b>")
     feature.run()
     assert (own / "notes.sqlite").exists()
+    assert [toast.value for toast in feature.test.toast] == ["Note kept"]
     listed = screen("features", workspace=own, index="sae", search="fires** on")
     assert [(row[0], row[-1]) for row in listed.table()] == [("5", "**fires** on <b>dots</b>")]
+
+
+def test_a_note_that_cannot_be_kept_stays_in_its_field(screen: Open, own: Path) -> None:
+    feature = screen("feature", workspace=own, index="sae", latent="5")
+
+    def field() -> Any:
+        return next(widget for widget in feature.test.text_input if widget.key.startswith("feature.note"))
+
+    (own / "notes.sqlite").write_bytes(b"this is no database" * 100)
+    field().input("dots")
+    feature.run()
+    assert [toast.value for toast in feature.test.toast] == []
+    assert feature.notices == [
+        f"The note is not kept. The notes in '{own}/notes.sqlite' cannot be used (file is not a database); restore "
+        "the file, or move it away and begin anew."
+    ]
+    assert field().value == "dots"
+    (own / "notes.sqlite").unlink()
+    field().input("dots, again")
+    feature.run()
+    assert [toast.value for toast in feature.test.toast] == ["Note kept"]
+    assert (feature.notices, field().value) == ([], "dots, again")
 
 
 def test_a_circuit_shows_scores_beside_their_nulls_and_the_residues(screen: Open) -> None:
