@@ -110,6 +110,13 @@ def address(link: Link) -> str:
     return (link.path or ".") + ("?" + parameters if parameters else "")
 
 
+def changed(asked: Mapping[str, str], wanted: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """``now`` with what ``wanted`` changes in ``asked``, all three being parameters of one page's address."""
+    ours = {name for name in {*asked, *wanted} if asked.get(name) != wanted.get(name)}
+    kept = {name: value for name, value in now.items() if name not in ours}
+    return kept | {name: value for name, value in wanted.items() if name in ours}
+
+
 def from_query(kind: type[AnyLink], parameters: Mapping[str, str]) -> AnyLink:
     """What a page was asked to show; a missing or unreadable value becomes the default."""
     values: dict[str, Any] = {}
@@ -117,7 +124,9 @@ def from_query(kind: type[AnyLink], parameters: Mapping[str, str]) -> AnyLink:
         if field.name in parameters:
             read: type = type(field.default)
             try:
-                values[field.name] = read(parameters[field.name])
+                value = read(parameters[field.name])
             except (TypeError, ValueError):
                 continue
+            if value == value:  # not a number that is none
+                values[field.name] = value
     return kind(**values)

@@ -27,4 +27,4 @@ from dictlearn_app.views.component import ASSETS, stylesheet  # noqa: E402
 st.set_page_config(page_title="dictlearn", layout="wide", page_icon=str(ASSETS / "icon.png"))
 st.html(f"<style>{stylesheet('page.css')}</style>")
 page = st.navigation(list(router.pages().values()), position="top")
-page.run()
+router.run(page.run)

@@ -125,7 +125,7 @@ def choose(found: Sequence[Group], link: links.CompareLink) -> Group | None:
     if group is None:
         sheet([problem(not_there(link, bool(of_store)))], "compare.unknown")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        store = group.store if group else link.store if of_store else ""
+        store = group.store if group else (link.store or stores[0]) if of_store else ""
         controls.choice(
             "Store",
             stores if of_store else ["", *stores],

@@ -271,7 +271,7 @@ def logits(page: FeaturePage) -> list[Block]:
     most = logit_scale(page)
     sides = [
         table(
-            [column(label), column("", "right")],
+            [column(label, "rest"), column("", "right")],
             [row([token(one.token), {"text": short(one.logit), "bar": one.logit / most}]) for one in end],
             dense=True,
         )

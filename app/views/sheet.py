@@ -79,7 +79,10 @@ def grid(cells: Sequence[Sequence[Block]], least: str = "320px") -> Block:
 def column(
     label: str, align: str = "", title: str = "", mono: bool = False, muted: bool = False, width: str = ""
 ) -> dict[str, Any]:
-    """``align`` is "", "right" (numbers), "narrow" or "wide"; ``width`` is a CSS width."""
+    """``align`` is "", "right" (numbers), "narrow", "wide" or "rest"; ``width`` is a CSS width.
+
+    "rest" is for tokens: it has what the other columns leave, and cuts what is longer.
+    """
     return {
         "label": label,
         "align": align,

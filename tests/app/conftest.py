@@ -50,7 +50,10 @@ class Screen:
     def __init__(self, name: str, parameters: dict[str, str]) -> None:
         from streamlit.testing.v1 import AppTest
 
-        self.test = AppTest.from_string(f"from dictlearn_app.screens import {name}\n{name}.draw()", default_timeout=60)
+        self.test = AppTest.from_string(
+            f"from dictlearn_app import router\nfrom dictlearn_app.screens import {name}\nrouter.run({name}.draw)",
+            default_timeout=60,
+        )
         for key, value in parameters.items():
             self.test.query_params[key] = value
         self.run()

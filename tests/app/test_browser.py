@@ -73,6 +73,57 @@ def test_what_is_chosen_is_written_to_the_address(tab: Any) -> None:
     expect(tab).to_have_url(re.compile(r"search=self&sort=density|sort=density&search=self"))
 
 
+@pytest.mark.parametrize("pause", [0, 20, 60, 150])
+def test_a_search_right_after_a_click_keeps_what_was_clicked(tab: Any, pause: int) -> None:
+    tab.show("features?index=sae")
+    density = tab.get_by_role("link", name="density", exact=True)
+    density.wait_for()
+    tab.get_by_label("Search").fill("self")
+    density.evaluate(
+        """async (link, pause) => {
+          const field = document.querySelector('input[aria-label="Search"]');
+          field.focus();
+          link.click();
+          await new Promise((resolve) => setTimeout(resolve, pause));
+          const enter = { key: "Enter", code: "Enter", keyCode: 13, bubbles: true };
+          for (const kind of ["keydown", "keypress", "keyup"]) field.dispatchEvent(new KeyboardEvent(kind, enter));
+        }""",
+        pause,
+    )
+    expect(tab).to_have_url(re.compile(r"search=self&sort=density|sort=density&search=self"))
+
+
+def test_the_address_of_a_page_is_not_carried_to_another(tab: Any) -> None:
+    tab.show("features")
+    tab.locator("tbody tr").first.wait_for()
+    tab.get_by_label("Search").fill("self")
+    tab.get_by_label("Search").press("Enter")
+    expect(tab).to_have_url(re.compile(r"search=self"))
+    tab.get_by_role("link", name="Store", exact=True).click()  # its address has no parameters, as the other's had
+    expect(tab.get_by_role("combobox", name="Document")).to_be_visible()
+    expect(tab).to_have_url(re.compile(r"/store$"))
+
+
+@pytest.mark.parametrize("pause", [0, 20, 60, 150])
+def test_what_the_browser_has_not_drawn_yet_is_not_taken_for_a_wish(tab: Any, pause: int) -> None:
+    tab.show("feature?index=sae&latent=9")
+    next_one = tab.get_by_role("button", name="next")
+    next_one.wait_for()
+    next_one.evaluate(
+        """async (button, pause) => {
+          const toggle = document.querySelector('input[aria-label="Whole passages"]');
+          button.click();
+          await new Promise((resolve) => setTimeout(resolve, pause));
+          toggle.click();
+        }""",
+        pause,
+    )
+    expect(tab).to_have_url(re.compile(r"latent=10&wrapped=1$"))
+    expect(tab.get_by_role("heading", name="Latent 10", exact=True)).to_be_visible()
+    expect(tab.get_by_label("Latent", exact=True)).to_have_value("10")
+    expect(tab.get_by_role("switch", name="Whole passages")).to_be_checked()
+
+
 def test_a_row_opens_its_feature_and_back_returns(tab: Any) -> None:
     tab.show("features?index=sae&sort=density")
     latent = tab.locator("tbody tr").nth(2).locator("th").inner_text().strip()
@@ -131,6 +182,16 @@ def test_a_note_is_kept(tab: Any) -> None:
     tab.show("features?index=sae&search=dots")
     expect(tab.locator("tbody tr")).to_have_count(1)
     expect(tab.locator("tbody td").last).to_have_text("<b>dots</b> and **stars**")
+
+
+def test_long_tokens_leave_room_for_the_numbers_beside_them(tab: Any) -> None:
+    tab.show("feature?index=sae&latent=9")
+    tables = tab.locator(".cell .scroll")
+    tables.first.wait_for()
+    assert len(tables.all()) >= 2
+    # The longest tokens there are, whatever this latent raises.
+    tab.locator(".cell .token").evaluate_all("tokens => tokens.forEach(token => (token.textContent = 'm'.repeat(40)))")
+    assert [one.evaluate("node => node.scrollWidth - node.clientWidth") for one in tables.all()] == [0] * tables.count()
 
 
 def test_an_example_leads_to_its_text_in_the_store(tab: Any) -> None:

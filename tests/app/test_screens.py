@@ -271,6 +271,34 @@ def test_a_note_that_cannot_be_kept_stays_in_its_field(screen: Open, own: Path) 
     assert (feature.notices, field().value) == ([], "dots, again")
 
 
+def test_every_widget_has_what_it_shows_as_its_default_too(screen: Open) -> None:
+    """The browser has a widget's default before it is told any other value, and may send it at once."""
+    shown = {
+        "features": {"index": "sae", "search": "e", "show": "all", "most": "0.5"},
+        "feature": {"index": "sae", "latent": "7", "wrapped": "1"},
+        "store": {"store": "stdlib", "row": "2000"},
+        "runs": {"runs": "sae", "x": "seconds"},
+    }
+    seen = set()
+    for name, asked in shown.items():
+        test = screen(name, **asked).test
+        for box in test.selectbox:
+            assert box.options[box.proto.default] == box.value or box.proto.default == box.index
+        for number in test.number_input:
+            assert number.proto.default == number.value
+        for field in test.text_input:
+            assert field.proto.default == field.value
+        for switch in test.toggle:
+            assert switch.proto.default == switch.value
+        for several in test.multiselect:
+            assert [several.options[i] for i in several.proto.default] == several.value
+        seen |= {type(widget).__name__ for kind in KINDS for widget in getattr(test, kind)}
+    assert len(seen) == len(KINDS)
+
+
+KINDS = ("selectbox", "number_input", "text_input", "toggle", "multiselect")
+
+
 def test_a_circuit_shows_scores_beside_their_nulls_and_the_residues(screen: Open) -> None:
     circuit = screen("circuit", graph="import-sys")
     scores = circuit.blocks("table")[0]

@@ -79,7 +79,7 @@ def test_the_rate_not_given_falls_with_the_square_root_of_the_width():
 def test_every_update_rule_learns_and_its_state_can_be_put_back(rule):
     config = OptimiserConfig(rule=rule, learning_rate=3e-3)
     one = member(config)
-    losses = [float(take_step(one, rows(seed=i), None, i, 1000).loss.total) for i in range(150)]
+    losses = [take_step(one, rows(seed=i), None, i, 1000).loss.total.item() for i in range(150)]
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
     other = member(config)
     other.dictionary.load_state_dict(one.dictionary.state_dict())
@@ -123,7 +123,7 @@ def test_an_average_of_equal_weights_is_those_weights():
 def test_autocast_trains_to_about_the_same_loss():
     exact, low = member(), member(precision="bfloat16")
     losses = [
-        [float(take_step(one, rows(seed=i), None, i, 1000).loss.total) for i in range(100)] for one in (exact, low)
+        [take_step(one, rows(seed=i), None, i, 1000).loss.total.item() for i in range(100)] for one in (exact, low)
     ]
     assert losses[0] != losses[1]
     assert sum(losses[1][-20:]) == pytest.approx(sum(losses[0][-20:]), rel=0.05)
