@@ -60,6 +60,7 @@ def stay(link: links.Link, asked_then: Mapping[str, str]) -> None:
     before = parameters()
     after = links.changed(asked_then, links.query(link), before)
     st.session_state[_LEFT] = ([*_left(), before], after, _page())
+    st.session_state[_ENDED] = math.inf
     st.query_params.from_dict(after)
 
 
@@ -77,7 +78,7 @@ SECONDS_TO_DRAW = 1.0
 """How long a browser may take for it; on a quiet machine, a tenth of that."""
 
 _ENDED = "router.ended"
-"""When the last run came to its end; infinite where it was broken off."""
+"""When the last run came to its end; infinite from a callback on until the run for it does."""
 
 _LEFT = "router.left"
 """The addresses that were left since the browser was last surely not behind, the one for which, and of which page."""
