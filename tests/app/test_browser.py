@@ -93,6 +93,16 @@ def test_a_search_right_after_a_click_keeps_what_was_clicked(tab: Any, pause: in
     expect(tab).to_have_url(re.compile(r"search=self&sort=density|sort=density&search=self"))
 
 
+def test_back_takes_back_what_was_chosen_a_moment_ago(tab: Any) -> None:
+    tab.show("feature?index=sae&latent=9")
+    tab.get_by_role("button", name="next").click()
+    expect(tab.get_by_role("heading", name="Latent 10", exact=True)).to_be_visible()
+    tab.go_back()
+    expect(tab.get_by_role("heading", name="Latent 9", exact=True)).to_be_visible()
+    expect(tab).to_have_url(re.compile("latent=9$"))
+    expect(tab.get_by_label("Latent", exact=True)).to_have_value("9")
+
+
 def test_the_address_of_a_page_is_not_carried_to_another(tab: Any) -> None:
     tab.show("features")
     tab.locator("tbody tr").first.wait_for()
@@ -291,18 +301,34 @@ def test_the_graph_is_walked_by_keyboard(tab: Any) -> None:
 # --- runs side by side ------------------------------------------------------------------------------------------------
 
 
+def settled(tab: Any, locator: Any) -> dict[str, float]:
+    """The box of an element that has stopped moving: above it, widgets are loaded late and push it from the pointer."""
+    before, box = None, locator.bounding_box()
+    while box != before:
+        tab.wait_for_timeout(300)
+        before, box = box, locator.bounding_box()
+    return box
+
+
 def test_a_point_says_which_run_it_is_and_opens_it(tab: Any) -> None:
     tab.show("compare?store=stdlib")
     figure = tab.locator("figure.large")
     expect(figure.locator(".mark")).to_have_count(1)
-    box = figure.locator(".mark").bounding_box()
-    tab.mouse.move(box["x"] + box["width"] / 2 + 6, box["y"] + box["height"] / 2)
+    target = figure.locator(".target")
+    settled(tab, target)
+    x, y = figure.evaluate(
+        """figure => {
+          const [mark, target] = [".mark", ".target"].map((name) => figure.querySelector(name).getBoundingClientRect());
+          return [mark.x + mark.width / 2 - target.x, mark.y + mark.height / 2 - target.y];
+        }"""
+    )
+    target.hover(position={"x": x + 6, "y": y})
     expect(tab.locator(".tradeoffs .tooltip")).to_contain_text("sae")
     expect(tab.locator(".tradeoffs .tooltip")).to_contain_text("L0 8, FVU 0.2")
     expect(tab.locator(".mark.picked")).to_have_count(5)  # the same run in every panel
-    tab.mouse.move(box["x"] + 200, box["y"])
+    target.hover(position={"x": x + 200, "y": y})
     expect(tab.locator(".mark.picked")).to_have_count(0)
-    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    target.click(position={"x": x, "y": y})
     expect(tab).to_have_url(re.compile(r"/runs\?runs=sae$"))
 
 
@@ -401,15 +427,6 @@ def test_curves_grow_while_a_run_trains_and_a_deep_link_is_first(tab: Any, own: 
         tab.goto("about:blank")
 
 
-def settled(tab: Any, locator: Any) -> dict[str, float]:
-    """The box of an element that has stopped moving: what slides away from under a pointer is no longer pointed at."""
-    before, box = None, locator.bounding_box()
-    while box != before:
-        tab.wait_for_timeout(300)
-        before, box = box, locator.bounding_box()
-    return box
-
-
 def test_of_many_runs_the_pointer_picks_the_nearest(tab: Any, own: Path, tmp_path: Path) -> None:
     lines = (own / "runs" / "sae" / "metrics.jsonl").read_text().splitlines()
     for seed in range(9):
@@ -423,8 +440,9 @@ def test_of_many_runs_the_pointer_picks_the_nearest(tab: Any, own: Path, tmp_pat
         expect(tab.locator(".legend .name")).to_have_text([str(seed) for seed in range(9)])
         panel = tab.locator("figure", has_text="L0")
         for share, seed in ((0.05, 8), (0.95, 0)):
-            box = settled(tab, panel.locator(".target"))
-            tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * share)
+            target = panel.locator(".target")
+            box = settled(tab, target)
+            target.hover(position={"x": box["width"] / 2, "y": box["height"] * share})
             expect(panel.locator(".readout span")).to_have_text([str(10 + seed)])
             expect(tab.locator(".legend .picked .name")).to_have_text([str(seed)])
             expect(panel.locator(".curve.other")).to_have_count(8)
