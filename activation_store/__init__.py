@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from activation_store.seeds import derive_seed, numpy_stream
     from activation_store.source import ActivationSource
     from activation_store.spec import DocumentRows, Geometry, HookSpec, Manifest, StorePlan
-    from activation_store.store import HookStatistics, Store, open_store
+    from activation_store.statistics import HookStatistics
+    from activation_store.store import Store, open_store
     from activation_store.writer import StoreWriter
 
 __all__ = [
@@ -56,7 +57,8 @@ __getattr__, __dir__ = on_first_use(
         "seeds": "derive_seed numpy_stream",
         "source": "ActivationSource",
         "spec": "DocumentRows Geometry HookSpec Manifest StorePlan",
-        "store": "HookStatistics Store open_store",
+        "statistics": "HookStatistics",
+        "store": "Store open_store",
         "writer": "StoreWriter",
     },
 )

@@ -17,7 +17,8 @@ import numpy as np
 
 from activation_store.errors import UserError
 from activation_store.spec import DOCUMENTS, POSITIONS, TOKEN_IDS, UNKNOWN, ArraySpec, HookSpec
-from activation_store.store import HookStatistics, Store
+from activation_store.statistics import HookStatistics
+from activation_store.store import Store
 
 SEPARATOR = ":"
 

@@ -6,7 +6,9 @@ from activation_store.errors import UserError
 
 
 def refuse_missing(device: str) -> None:
-    """Raise UserError for a device that torch does not know, or does not find here."""
+    """Raise UserError for a device that torch does not know, or does not find here; loads no torch for the CPU."""
+    if device == "cpu":
+        return
     import torch
 
     try:

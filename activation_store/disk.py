@@ -64,7 +64,7 @@ class Disk:
     def sync_folders(self, folders: Iterable[Path], subject: str) -> None:
         """Make the names in folders durable."""
         self.reach(f"{subject}.sync_folders")
-        _at_once(_sync_folder, sorted(set(folders)))
+        _at_once(sync_path, sorted(set(folders)))
 
     def remove(self, path: Path, subject: str) -> None:
         """Remove a file or a folder with all in it; nothing happens if there is none."""
@@ -103,12 +103,13 @@ class Disk:
             self.sync_folders((target.parent for target in contents), subject)
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make the content of a file durable, or the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def _at_once(sync: Callable[[Any], None], targets: Sequence[Any]) -> None:

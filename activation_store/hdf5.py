@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from activation_store.disk import sync_path
 from activation_store.errors import UserError
 from activation_store.ownership import Ownership
 from activation_store.progress import NoProgress, Progress, Task
@@ -88,9 +89,9 @@ def to_hdf5(location: str | os.PathLike[str], file: str | os.PathLike[str], prog
         _refuse_existing(file)
         stack.callback(unnamed.unlink, missing_ok=True)
         _write(store, unnamed, progress or NoProgress())
-        _sync(unnamed)
+        sync_path(unnamed)
         _give_name(unnamed, file)
-        _sync(file.parent)
+        sync_path(file.parent)
 
 
 def _write(store: Store, file: Path, progress: Progress) -> None:
@@ -174,14 +175,6 @@ def _give_name(unnamed: Path, file: Path) -> None:
     except OSError:  # a file system without hard links
         _refuse_existing(file)
         os.rename(unnamed, file)
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 @contextlib.contextmanager

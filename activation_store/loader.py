@@ -26,9 +26,10 @@ from activation_store.filters import RowFilter, Selection, select_rows
 from activation_store.mixing import Mixing, measure_mixing
 from activation_store.order import ConsecutiveChunks, RandomChunks
 from activation_store.ownership import is_owned
-from activation_store.source import CALIBRATION_ROWS, BatchSource, Planned, estimate_statistics
+from activation_store.source import CALIBRATION_ROWS, BatchSource, Planned
 from activation_store.spec import OWNER_FILE, Manifest
-from activation_store.store import HookStatistics, Store
+from activation_store.statistics import HookStatistics, estimate_statistics
+from activation_store.store import Store
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,7 @@
 """Where the files of a store are: a local folder, or a prefix of an object store. One contract for both.
 
-A key is a path within the store, such as ``token_ids/c.0``. `open_place` makes a `Place` of what a user typed: a path,
-or a URL (``s3://bucket/prefix``, ``gs://``, ``az://``, ``file:///``). Reader, writer and audit know nothing else of
-where a store is.
+A key is a path within the store, such as ``token_ids/c.0``. `activation_store.location.open_place` makes a `Place` of
+what a user typed. Reader, writer and audit know nothing else of where a store is.
 
 What every place promises: a file appears whole or not at all, under its key or as before; `read` of a key that is not
 there raises FileNotFoundError; whatever else goes wrong is an OSError whose ``strerror`` a person can read.
@@ -10,20 +9,12 @@ there raises FileNotFoundError; whatever else goes wrong is an OSError whose ``s
 
 from __future__ import annotations
 
-import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
-
-from activation_store.disk import Disk
-from activation_store.errors import UserError
-
-OBJECT_STORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 
 
 class OpenFile(Protocol):
@@ -132,37 +123,3 @@ class Place(ABC):
     @abstractmethod
     def remove(self, keys: Sequence[str], subject: str) -> None:
         """Remove files, or folders with all that is in them; nothing happens where there is none."""
-
-
-def is_url(location: str | os.PathLike[str]) -> bool:
-    """Whether a location is a URL: a path with ``://`` in it is nobody's."""
-    return isinstance(location, str) and "://" in location
-
-
-def open_place(location: str | os.PathLike[str] | Place, disk: Disk | None = None) -> Place:
-    """The place called ``location``; nothing is read or made.
-
-    Raises:
-        UserError: a URL that nothing here understands, or whose library is not installed.
-    """
-    if isinstance(location, Place):
-        return location
-    from activation_store.local_folder import LocalFolder
-
-    if not is_url(location):
-        return LocalFolder(Path(location), disk)
-    url = str(location)
-    scheme = url.partition("://")[0].lower()
-    if scheme == "file":
-        parts = urlsplit(url)
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UserError(f"{url} names another machine; a local folder is file:///path/to/store, or just its path.")
-        return LocalFolder(Path(unquote(parts.path)), disk)
-    if scheme not in OBJECT_STORE_SCHEMES:
-        known = ", ".join(f"{known}://" for known in ("s3", "gs", "az", "file"))
-        raise UserError(f"{url} cannot be opened: nothing here understands {scheme}://; use a path, or {known}.")
-    if not re.match(r"[a-z0-9]+://[^/]+/+[^/]", url, flags=re.IGNORECASE):
-        raise UserError(f"{url} names no store: it should be {scheme}://bucket/name-of-the-store.")
-    from activation_store.object_folder import ObjectFolder
-
-    return ObjectFolder.of_url(url, disk)

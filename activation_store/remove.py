@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from activation_store.errors import UserError
+from activation_store.location import open_place
 from activation_store.ownership import Ownership
-from activation_store.place import Place, open_place
+from activation_store.place import Place
 from activation_store.spec import ACTIVATIONS, DOCUMENT_TABLE, MANIFEST_ATTRIBUTE, METADATA_FILE, OWNER_FILE, Manifest
 
 ASIDE = ".removed"

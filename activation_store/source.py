@@ -23,16 +23,15 @@ import numpy as np
 from activation_store.errors import UserError
 from activation_store.filters import RowFilter
 from activation_store.mixing import Mixing
-from activation_store.moments import Moments
 from activation_store.order import Epoch, Order
 from activation_store.read_ahead import ReadAhead
-from activation_store.spec import NORM_OUTLIER_RATIO, HookSpec, Manifest
+from activation_store.spec import HookSpec, Manifest
+from activation_store.statistics import HookStatistics
 
 if TYPE_CHECKING:
     import torch
 
     from activation_store.delivery import Delivery
-    from activation_store.store import HookStatistics
 
 STATE_VERSION = 1
 ROW_ORDER = {(False, False): None, (True, False): "in the first epoch", (True, True): "in every epoch"}
@@ -338,24 +337,3 @@ if TYPE_CHECKING:  # every loader is one, or mypy says why not
 
     def _as_seen_by_a_trainer(loader: BatchSource) -> ActivationSource:
         return loader
-
-
-def estimate_statistics(rows: np.ndarray, excluded: Mapping[str, int]) -> HookStatistics:
-    """Statistics of these rows (n, ...), of a type as stored, in the place of those of all rows."""
-    from activation_store.store import HookStatistics
-
-    moments = Moments(rows[0].size)
-    moments.update(rows)
-    norms = moments.take_row_norms()
-    median = float(np.partition(norms, (len(norms) - 1) // 2)[(len(norms) - 1) // 2])
-    return HookStatistics(
-        count=moments.count,
-        mean=moments.mean,
-        mean_square=moments.mean_square,
-        mean_norm=moments.mean_norm,
-        median_norm=median,
-        norm_outliers=int((norms > NORM_OUTLIER_RATIO * median).sum()),
-        second_moment=moments.second_moment,
-        second_moment_rows=moments.outer_count,
-        excluded=dict(excluded),
-    )

@@ -77,7 +77,7 @@ STATISTICS_ARRAYS = {
     "median_norm": "float64",
     "norm_outliers": "int64",
 }
-"""The arrays of statistics/<hook_name>: see `activation_store.store.HookStatistics`."""
+"""The arrays of statistics/<hook_name>: see `activation_store.statistics.HookStatistics`."""
 
 STATISTICS_AXES = {"mean": 1, "mean_square": 1, "second_moment": 2}
 """Of those, the ones with axes of width d; the others are single numbers."""

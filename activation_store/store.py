@@ -24,8 +24,9 @@ import numpy as np
 from activation_store.chunks import Arena, missing_shard, room
 from activation_store.codec import decoder
 from activation_store.errors import UserError
+from activation_store.location import open_place
 from activation_store.metadata import metadata_damages
-from activation_store.place import Place, open_place
+from activation_store.place import Place
 from activation_store.shard import MappedShard, ShardIndex, index_bytes
 from activation_store.side_by_side import SideBySide
 from activation_store.spec import (
@@ -48,6 +49,7 @@ from activation_store.spec import (
     checksum,
     whole_array_key,
 )
+from activation_store.statistics import HookStatistics
 
 if TYPE_CHECKING:
     import torch
@@ -60,42 +62,6 @@ KEPT_ROWS = 65_536
 
 FETCHED_AT_ONCE = 16
 """Requests under way at a time. An object store answers each after tens of milliseconds."""
-
-
-@dataclass(frozen=True)
-class HookStatistics:
-    """One hook over all rows of a complete store, in float64, of the values as stored.
-
-    Attributes:
-        count: rows.
-        mean: (d,).
-        mean_square: (d,), mean of the squares, not centred.
-        mean_norm, median_norm: of the Euclidean lengths of the rows; the median is the lower one of an even number.
-        norm_outliers: rows whose norm is above `activation_store.spec.NORM_OUTLIER_RATIO` times the median.
-        second_moment: (d, d), mean of x xT, not centred, over ``second_moment_rows`` of the rows, spread evenly: all of
-            them in a store of fewer than 128 d rows (`activation_store.moments`).
-        excluded: tokens that gave no row, by reason.
-    """
-
-    count: int
-    mean: np.ndarray
-    mean_square: np.ndarray
-    mean_norm: float
-    median_norm: float
-    norm_outliers: int
-    second_moment: np.ndarray
-    second_moment_rows: int
-    excluded: dict[str, int]
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(d, d), of the population, as far as `second_moment` knows it."""
-        return self.second_moment - np.outer(self.mean, self.mean)
-
-    @property
-    def mean_squared_norm(self) -> float:
-        """Mean of |x|^2, over all rows."""
-        return float(self.mean_square.sum())
 
 
 @dataclass(frozen=True)

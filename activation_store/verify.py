@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 import xxhash
 
 from activation_store.errors import UserError
+from activation_store.location import open_place
 from activation_store.metadata import SHARDS_OF_A_COMMIT, Damage, metadata_damages
-from activation_store.place import Place, open_place
+from activation_store.place import Place
 from activation_store.progress import NoProgress, Progress, Task
 from activation_store.spec import METADATA_FILE, OWNER_FILE, STAGING_FOLDER, STATISTICS, Manifest
 

@@ -31,9 +31,10 @@ from activation_store.codec import check_compression
 from activation_store.commit import Commit, Published, columns_of, empty_moments
 from activation_store.disk import Disk
 from activation_store.errors import UserError
+from activation_store.location import open_place
 from activation_store.moments import Moments
 from activation_store.norms import summarise_norms
-from activation_store.place import Owner, Place, open_place
+from activation_store.place import Owner, Place
 from activation_store.spec import (
     METADATA_FILE,
     OWNER_FILE,

@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from activation_store.errors import UserError
-from activation_store.place import open_place
+from activation_store.location import open_place
 from activation_store.progress import Progress
 from dictlearn import reports, terminal
 from dictlearn.workspace import Workspace
@@ -440,20 +440,24 @@ def run_remove(config: RemoveConfig, workspace: Workspace, progress: Progress) -
 
 
 def _runs_from(workspace: Workspace, lost: Contents) -> list[str]:
-    """Runs trained on a store, also those that are not finished and could not be."""
+    """Runs trained on a store, also those that are not finished and could not be; not where a copy of it stays."""
     from dictlearn.dictionaries.description import describe
 
     found = []
     for name in workspace.runs():
         files = workspace.run(name)
-        named, fingerprint = [], None
+        named, made_from = [], {}
         with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
             config = yaml.safe_load(files.config.read_text())
             named = [config.get("store"), config.get("control_store")]
         with contextlib.suppress(UserError):
-            fingerprint = describe(files.dictionary).get("provenance", {}).get("store", {}).get("fingerprint")
-        by_name = fingerprint is None and lost.location in [workspace.store_location(store) for store in named if store]
-        if by_name or (fingerprint is not None and fingerprint == lost.fingerprint):
+            made_from = describe(files.dictionary).get("provenance", {}).get("store", {})
+        fingerprint = made_from.get("fingerprint")
+        if fingerprint is None:
+            lacks = lost.location in [workspace.store_location(store) for store in named if store]
+        else:
+            lacks = fingerprint == lost.fingerprint and not _stays(workspace, str(made_from.get("name")), lost)
+        if lacks:
             found.append(name)
     return found
 
@@ -464,9 +468,21 @@ def _indexes_from(workspace: Workspace, lost: Contents) -> list[str]:
     found = []
     for name in workspace.indexes():
         with contextlib.suppress(UserError):
-            if IndexManifest.read(workspace.index(name)).made_from.store_fingerprint == lost.fingerprint:
+            made = IndexManifest.read(workspace.index(name)).made_from
+            if made.store_fingerprint == lost.fingerprint and not _stays(workspace, made.store, lost):
                 found.append(name)
     return found
+
+
+def _stays(workspace: Workspace, name: str, lost: Contents) -> bool:
+    """Whether what is lost is only a copy of the store of this name."""
+    from activation_store.remove import look
+
+    location = workspace.store_location(name)
+    if location == lost.location:
+        return False
+    other = look(location)
+    return other is not None and other.fingerprint == lost.fingerprint
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

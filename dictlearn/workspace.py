@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activation_store.errors import UserError
+from activation_store.location import is_url
 from activation_store.ownership import is_owned
-from activation_store.place import is_url
 
 if TYPE_CHECKING:
     from activation_store.store import Store
@@ -78,6 +78,13 @@ class RunFiles:
     def is_training(self) -> bool:
         """Whether a process is training the run at this moment."""
         return is_owned(self.lock)
+
+    def refuse_unfinished(self) -> None:
+        """Raises UserError for a run whose training has not ended; a dictionary that somebody put there is none."""
+        if self.config.exists() and not self.dictionary.exists():
+            raise UserError(
+                f"The run {self.name!r} has not finished training; run `dictlearn train` on it again to continue."
+            )
 
     def last_metrics(self) -> dict[str, Any]:
         """The last whole line of metrics.jsonl, without values that were not finite; empty before the first."""

@@ -443,10 +443,26 @@ def test_rm_knows_the_indexes(workspace, capsys, monkeypatch):
 
     class OfTheStore:
         class made_from:
+            store = "code"
             store_fingerprint = open_store(workspace.store("code")).fingerprint
 
     workspace.index("sae").mkdir(parents=True)
     monkeypatch.setattr(spec.IndexManifest, "read", classmethod(lambda cls, path: OfTheStore))
+    assert result(capsys, "rm", "code", "--yes")["indexes"] == ["sae"]
+
+
+def test_rm_of_a_copy_costs_no_run_and_no_index(workspace, capsys, monkeypatch):
+    from dictlearn.feature_index import spec
+
+    class OfTheStore:
+        class made_from:
+            store = "code"
+            store_fingerprint = open_store(workspace.store("code")).fingerprint
+
+    shutil.copytree(workspace.store("code"), workspace.store("copy"))
+    workspace.index("sae").mkdir(parents=True)
+    monkeypatch.setattr(spec.IndexManifest, "read", classmethod(lambda cls, path: OfTheStore))
+    assert result(capsys, "rm", "copy", "--yes")["indexes"] == []
     assert result(capsys, "rm", "code", "--yes")["indexes"] == ["sae"]
 
 

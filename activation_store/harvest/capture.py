@@ -9,15 +9,27 @@ can be had sooner from the model's own modules, without the Bridge: see modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from activation_store.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformer_lens.model_bridge import TransformerBridge
 
-    from activation_store.harvest.modules import HookedModules
+
+class HookedModel(Protocol):
+    """What `Capture` uses of a TransformerBridge, or of whatever stands in for one."""
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]:
+        """The hooks there are, by name."""
+
+    def hooks(self, fwd_hooks: list[tuple[str, Any]]) -> AbstractContextManager[Any]:
+        """Within the block, every pass calls each function with its hook's activation and the hook."""
+
+    def __call__(self, tokens_BC: torch.Tensor, *, return_type: None, use_cache: bool) -> Any:
+        """A forward pass, until a function raises TransformerLens' signal to stop."""
 
 
 class Capture:
@@ -26,9 +38,7 @@ class Capture:
     Legend: B windows, C tokens in a window, N rows kept.
     """
 
-    def __init__(
-        self, bridge: TransformerBridge | HookedModules, hooks: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, bridge: HookedModel, hooks: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.bridge = bridge
         self.hooks = dict(hooks)
         self.dtype = dtype

@@ -15,7 +15,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -396,6 +396,24 @@ def resolve_model(name: str) -> ModelSpec:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, flags=re.ASCII):
         return _resolve_hub(name)
     raise UserError(f"There is no model {name!r}: {POSSIBLE_NAMES}.")
+
+
+def model_of(recorded: Mapping[str, Any], since: str) -> ModelSpec:
+    """The model that a provenance records; an import may know it by name alone.
+
+    Args:
+        since: what has been made with it, as in "the store 's' was harvested from it".
+
+    Raises:
+        UserError: it is not there any more, or has changed.
+    """
+    spec = resolve_model(recorded["name"])
+    if recorded["fingerprint"] not in (None, spec.fingerprint):
+        raise UserError(
+            f"The model {spec.name!r} has changed since {since} (its config or weights have another fingerprint); "
+            "restore it, or harvest and train again."
+        )
+    return spec
 
 
 def _is_folder(path: Path) -> bool:

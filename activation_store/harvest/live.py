@@ -29,9 +29,9 @@ from activation_store.loader import DEFAULT_BUFFER_ROWS, DEFAULT_PREFETCH
 from activation_store.mixing import Mixing, measure_mixing
 from activation_store.order import ConsecutiveChunks
 from activation_store.progress import NoProgress, Progress
-from activation_store.source import CALIBRATION_ROWS, BatchSource, Planned, estimate_statistics
+from activation_store.source import CALIBRATION_ROWS, BatchSource, Planned
 from activation_store.spec import DocumentRows, Manifest
-from activation_store.store import HookStatistics
+from activation_store.statistics import HookStatistics, estimate_statistics
 
 if TYPE_CHECKING:
     import torch

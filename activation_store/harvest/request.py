@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from activation_store.codec import check_compression
+from activation_store.devices import refuse_missing
 from activation_store.errors import UserError
 from activation_store.harvest.batches import BatchPlan, plan_batches
 from activation_store.harvest.corpus import Corpus, is_held_out, open_corpus
-from activation_store.harvest.estimate import refuse_full_disk
+from activation_store.harvest.disk_space import refuse_full_disk
 from activation_store.harvest.language_model import (
     ModelSpec,
     load_tokenizer,
     resolve_model,
     tokenizer_fingerprint,
 )
-from activation_store.place import Place, open_place
+from activation_store.location import open_place
+from activation_store.place import Place
 from activation_store.progress import Progress
 from activation_store.spec import (
     METADATA_FILE,
@@ -127,6 +129,8 @@ class Request:
     def of(cls, config: HarvestConfig, to_store: bool = True) -> Request:
         """Look everything up. A request that is not to be stored needs no room, and no look at what is in its place."""
         _check_numbers(config)
+        if config.device != "auto":
+            refuse_missing(config.device)
         geometry = Geometry(config.rows_per_chunk, config.rows_per_shard)
         spec = resolve_model(config.model)
         hooks = tuple(HookSpec(name, spec.hook_shape(name), config.dtype) for name in config.hooks)

@@ -19,16 +19,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from activation_store.harvest.compute import compute
-from activation_store.harvest.estimate import (
-    bytes_free,
-    bytes_on_disk,
-    estimate_memory,
-    estimate_seconds,
-    refuse_full_disk,
-)
+from activation_store.harvest.disk_space import bytes_free, bytes_on_disk, refuse_full_disk
+from activation_store.harvest.estimate import estimate_memory, estimate_seconds
 from activation_store.harvest.ranks import Group
 from activation_store.harvest.request import HarvestConfig, Request, existing_manifest
-from activation_store.place import open_place
+from activation_store.location import open_place
 from activation_store.progress import NoProgress, Progress
 from activation_store.writer import sweep_complete
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from activation_store.place import Place, open_place
+from activation_store.location import open_place
+from activation_store.place import Place
 from activation_store.testing import files_of
 
 KINDS = ("folder", "zstd folder", "objects", "zstd objects")

@@ -162,13 +162,13 @@ def test_a_file_that_exists_is_not_overwritten(small_path, fast_folder):
 
 
 def test_a_file_that_comes_to_be_meanwhile_is_not_overwritten_either(small_path, fast_folder, monkeypatch):
-    sync = hdf5._sync
+    sync = hdf5.sync_path
 
     def somebody_else_is_first(path):
         sync(path)
         (fast_folder / "mine.h5").write_bytes(b"precious")
 
-    monkeypatch.setattr(hdf5, "_sync", somebody_else_is_first)
+    monkeypatch.setattr(hdf5, "sync_path", somebody_else_is_first)
     with pytest.raises(UserError, match="exists already"):
         to_hdf5(small_path, fast_folder / "mine.h5")
     assert {entry.name: entry.read_bytes() for entry in fast_folder.iterdir()} == {"mine.h5": b"precious"}

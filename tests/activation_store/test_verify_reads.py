@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from activation_store.errors import UserError
-from activation_store.place import open_place
+from activation_store.location import open_place
 from activation_store.store import open_store
 from activation_store.testing import UnsyncedDisk
 from tests.activation_store.copies import Copy

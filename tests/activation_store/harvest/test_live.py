@@ -253,7 +253,7 @@ def test_a_store_and_a_live_model_are_told_apart_by_nothing_a_trainer_uses(live,
 
 
 def test_nothing_is_stored_and_no_room_is_asked_for(config, monkeypatch, tmp_path):
-    monkeypatch.setattr("activation_store.harvest.estimate.bytes_free", lambda place: 0)
+    monkeypatch.setattr("activation_store.harvest.disk_space.bytes_free", lambda place: 0)
     LiveLoader(replace(config, store=tmp_path / "none.zarr"), **ASKED)
     assert not list(tmp_path.iterdir())
 

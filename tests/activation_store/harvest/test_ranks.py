@@ -151,6 +151,7 @@ def dictlearn(*arguments: str, cwd: Path, ranks: int = 1, environment: dict[str,
     return subprocess.run(command, cwd=cwd, env=os.environ | found, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.heavy
 @pytest.mark.needs("distributed")
 def test_torchrun_gives_the_store_of_one_process(tmp_path):
     (tmp_path / "text").mkdir()

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from activation_store.errors import UserError
-from activation_store.harvest import compute, estimate, request
+from activation_store.harvest import compute, disk_space, request
 from activation_store.harvest.corpus import is_held_out, open_corpus
 from activation_store.harvest.language_model import load_language_model, load_tokenizer, resolve_model
 from activation_store.harvest.request import Request
@@ -426,7 +426,7 @@ def test_refused_in_one_sentence(config, monkeypatch, change, expected):
 
 
 def test_too_little_disk_says_how_much_is_needed(config, monkeypatch):
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
     sentence = said(replace(config, tokens=10**12))
     assert (
         "1,000,000,000,000 rows of 4 hooks need 225,671.9 GB on the disk of" in sentence
