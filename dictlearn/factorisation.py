@@ -260,7 +260,7 @@ class HierarchicalSemiNMF(_Factorisation):
             coefficients, levels[-1] = _fit_together(X, coefficients, rows, self.steps, self.learning_rate)
         self.error_ = _error(X, coefficients, levels[-1])
         self.levels_ = levels
-        self.components_ = levels[0]
+        self.components_ = self._first.components_ = levels[0]
         self.coefficients_ = coefficients[1:]
         self.parents_ = [(G > 0) & (self.threshold * G.max(axis=1, keepdims=True) <= G) for G in self.coefficients_]
         return self

@@ -80,6 +80,12 @@ def read_sweep(path: str | Path) -> Sweep:
         raise UserError(f"{where}: grid gives a list of values for each key, such as 'dictionary.k: [16, 32]'.")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{where}: list holds an entry of keys and values for each run, such as '- {{seed: 1}}'.")
+    for key in itertools.chain(grid, *entries):
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {key!r} in grid or list is no key; write the name of a setting there.")
+    for entry in entries:
+        if not isinstance(entry.get("name", ""), str):
+            raise UserError(f"{where}: the name {entry['name']!r} in list is not a word; put it between quotes.")
     record.setdefault("order_seed", record.get("seed", 0))
     configs = []
     for entry in entries:
@@ -125,6 +131,7 @@ def _changed(record: dict[str, Any], changes: dict[str, Any], where: str) -> dic
 
 def plan(sweep: Sweep, workspace: Workspace) -> SweepPlan:
     """What the sweep will do. Raises UserError for what `train` would refuse."""
+    refuse_another(sweep, workspace)
     found = check(sweep.configs, workspace).plan
     return SweepPlan(
         [config.name for config in sweep.configs],
@@ -137,23 +144,28 @@ def plan(sweep: Sweep, workspace: Workspace) -> SweepPlan:
     )
 
 
+def refuse_another(sweep: Sweep, workspace: Workspace) -> None:
+    """Refuse the name of a sweep of other runs."""
+    files = workspace.sweep(sweep.name)
+    there = [config.name for config in read_sweep(files.config).configs] if files.config.exists() else None
+    asked = [config.name for config in sweep.configs]
+    if there not in (None, asked):
+        raise UserError(
+            f"The sweep {sweep.name!r} exists with the runs {', '.join(there or [])}, and now there are "
+            f"{', '.join(asked)}; choose another name, or delete {str(files.folder)!r}."
+        )
+
+
 def run_sweep(sweep: Sweep, workspace: Workspace, progress: Progress, notify: Notify) -> None:
     """Train all runs of a sweep, or continue them (see `dictlearn.training.command.train_group`).
 
     Raises:
         UserError: the sweep of this name has other runs, or what `train` refuses.
     """
+    refuse_another(sweep, workspace)
     check(sweep.configs, workspace)
     files = workspace.sweep(sweep.name)
-    if files.config.exists():
-        there = [config.name for config in read_sweep(files.config).configs]
-        asked = [config.name for config in sweep.configs]
-        if there != asked:
-            raise UserError(
-                f"The sweep {sweep.name!r} exists with the runs {', '.join(there)}, and now there are "
-                f"{', '.join(asked)}; choose another name, or delete {str(files.folder)!r}."
-            )
-    elif os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
+    if not files.config.exists() and os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
         files.folder.mkdir(parents=True, exist_ok=True)
         temporary = files.config.with_suffix(".tmp")
         temporary.write_text(sweep.text)

@@ -121,6 +121,15 @@ def hierarchy(seed: int, steps: int) -> tuple[HierarchicalSemiNMF, np.ndarray, n
     return model.fit(X), features, of_child
 
 
+def test_codes_are_of_the_features_that_adam_left():
+    X, _, _ = family(0)
+    model = HierarchicalSemiNMF((9,), winners=0.2, steps=50, iterations=50, random_state=0).fit(X)
+    codes = model.transform(X)
+    np.testing.assert_array_equal(model.inverse_transform(codes), codes @ model.components_)
+    left_over = X - codes @ model.components_
+    assert (left_over @ model.components_.T).max() < 1e-2 * np.abs(X @ model.components_.T).max(), "solved for these"
+
+
 @pytest.mark.parametrize("steps", [0, 100])
 def test_parents_are_the_union_of_their_planted_children(steps):
     """Of the children that were found: the first level does not always find all."""

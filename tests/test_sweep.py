@@ -191,7 +191,7 @@ def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkey
         poison(patch, 80, 17)
         run_sweep(sweep(record), workspace, NoProgress(), said.append)
     _, sentence = said
-    reports.trained([workspace.run(config.name) for config in sweep(record).configs])
+    reports.trained(reports.Trained.of([workspace.run(config.name) for config in sweep(record).configs]))
     table = [line.split() for line in capsys.readouterr().out.splitlines() if "w-dsae" in line]
     assert [line[2:4] for line in table] == [["40", "│"], ["18,", "stopped"]]
     assert "run 'w-dsae80' is not finite at step 17 (mse nan" in sentence and "in rows " in sentence
@@ -244,6 +244,23 @@ def test_a_stopped_run_stays_stopped_when_the_sweep_is_continued(workspace, swee
     assert metrics(workspace, "w-dsae64")[-1]["step"] == 40
 
 
+def test_a_sweep_that_ended_with_a_stopped_run_keeps_its_state_and_trains_nothing_again(workspace, sweep, monkeypatch):
+    record = COMMON | {"grid": {"dictionary.d_sae": [64, 80]}}
+    with monkeypatch.context() as patch:
+        poison(patch, 80, 17)
+        run_sweep(sweep(record), workspace, NoProgress(), lambda sentence: None)
+    before, lines = weights(workspace, "w-dsae64"), metrics(workspace, "w-dsae64")
+    checkpoints = Checkpoints(workspace.sweep("w").checkpoints)
+    assert 40 in checkpoints.steps()
+    assert (checkpoints.folder / "step-000000040" / "w-dsae80.0.safetensors").exists()
+    taken, said = [], []
+    monkeypatch.setattr(Together, "take_step", lambda self, *a: taken.append(a))
+    run_sweep(sweep(record), workspace, NoProgress(), said.append)
+    assert not taken and "run 'w-dsae80' is not finite at step 17" in said[-1]
+    assert metrics(workspace, "w-dsae64") == lines and not workspace.run("w-dsae80").dictionary.exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(workspace, "w-dsae64").items())
+
+
 def test_when_every_run_has_stopped_the_sweep_says_so(workspace, sweep, monkeypatch):
     poison(monkeypatch, 64, 9)
     with pytest.raises(UserError, match="All 2 runs have stopped. The first: The loss of run 'w-seed0'"):
@@ -252,8 +269,10 @@ def test_when_every_run_has_stopped_the_sweep_says_so(workspace, sweep, monkeypa
 
 def test_another_sweep_of_the_same_name_is_refused(workspace, sweep):
     run_sweep(sweep(COMMON | {"steps": 7, "grid": {"seed": [0]}}), workspace, NoProgress(), print)
-    with pytest.raises(UserError, match="sweep 'w' exists with the runs w-seed0, and now there are w-seed0, w-seed1"):
-        run_sweep(sweep(COMMON | {"steps": 7, "grid": {"seed": [0, 1]}}), workspace, NoProgress(), print)
+    two = sweep(COMMON | {"steps": 7, "grid": {"seed": [0, 1]}})
+    for ask in (lambda: plan(two, workspace), lambda: run_sweep(two, workspace, NoProgress(), print)):
+        with pytest.raises(UserError, match="sweep 'w' exists with the runs w-seed0, and now there are w-seed0, w-see"):
+            ask()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +284,9 @@ def test_another_sweep_of_the_same_name_is_refused(workspace, sweep):
         ({"grid": {"seed.x": [1]}}, "seed.x changes a value of seed, which is 3 and has none"),
         ({"list": [{"seed": 1}, {"seed": 1}]}, "two runs called 'w-seed1'; give the entries of list a name each"),
         ({"list": ["seed"]}, "list holds an entry of keys and values"),
+        ({"list": [{"name": 7}]}, "the name 7 in list is not a word; put it between quotes"),
+        ({"list": [{7: 1}]}, "7 in grid or list is no key"),
+        ({"grid": {7: [1]}}, "7 in grid or list is no key"),
         ({"grid": {"seed": list(range(300))}}, "asks for 300 runs, more than 256"),
         ({"grid": {"batch_size": [64, 128]}}, "batch_size 128 and 'w-batchsize64' has 64.*cannot differ in it"),
         ({"grid": {"order_seed": [1, 2]}}, "differ in order_seed; give one for all"),

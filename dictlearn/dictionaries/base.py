@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from dictlearn import ops
 from dictlearn.codes import Codes
 from dictlearn.dictionaries.configs import check_hooks
 from dictlearn.dictionaries.dead_latents import DeadLatents
-from dictlearn.dictionaries.scaling import Scaling
+from dictlearn.dictionaries.scaling import ControlStatistics, Scaling
 
 Width = int | Sequence[int]
 """Of the activations of one hook, or of each of several."""
@@ -77,21 +76,6 @@ class Remembers(Protocol):
         """Of each parameter, what the next step will use besides its gradient."""
 
 
-class ControlStatistics(Protocol):
-    """What centring and whitening need to know of the control rows (a store's statistics of one hook have it).
-
-    Attributes:
-        mean: (D,) float64.
-        second_moment: (D, D) float64, the mean of outer products.
-    """
-
-    @property
-    def mean(self) -> np.ndarray: ...
-
-    @property
-    def second_moment(self) -> np.ndarray: ...
-
-
 class Dictionary(nn.Module):
     """A sparse dictionary from d_in to d_out; with ``d_out`` None it is an autoencoder, which rebuilds its own input.
 
@@ -113,6 +97,10 @@ class Dictionary(nn.Module):
     latent_tensors: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers with a row for each latent, of kinds whose loss reaches the latents through
     `dictlearn.ops` alone: processes may then hold a part of the latents each. Empty for kinds that cannot be split."""
+
+    updated_by_row: ClassVar[tuple[str, ...]] = ()
+    """Weight matrices whose gradient may be left row by row (`dictlearn.ops.row_gradients`), with no ``grad`` beside
+    it: `project_gradients` then does to it what `unit_rows.drop_gradient_along` does, or nothing."""
 
     causal: ClassVar[bool] = False
     """Whether each hook that is rebuilt needs the inputs up to its own place alone; there is `rebuild_part` then."""

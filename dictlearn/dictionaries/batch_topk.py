@@ -29,8 +29,9 @@ from torch import Tensor
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Update, Width
+from dictlearn.dictionaries.base import Update, Width
 from dictlearn.dictionaries.configs import BatchTopKConfig
+from dictlearn.dictionaries.scaling import ControlStatistics
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops import TopKCodes
 

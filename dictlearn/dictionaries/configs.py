@@ -84,12 +84,10 @@ class TopKConfig:
         _check_choices(self)
         _check_positive(self, "d_sae", "k", "dead_after_rows")
         _check_k(self)
-        if self.auxk_weight < 0:
-            raise UserError(f"auxk_weight is {self.auxk_weight}; it must be 0 (off) or positive.")
+        _check_weight(self, "auxk_weight")
         if self.k_aux is not None and not 0 < self.k_aux <= self.d_sae:
             raise UserError(f"k_aux is {self.k_aux}; it must lie between 1 and d_sae ({self.d_sae}).")
-        if self.multi_topk_weight < 0:
-            raise UserError(f"multi_topk_weight is {self.multi_topk_weight}; it must be 0 (off) or positive.")
+        _check_weight(self, "multi_topk_weight")
         _check_redrawing_and_shrinkage(self)
 
     def check_parts(self, input_parts: Sequence[int], output_parts: Sequence[int]) -> None:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
+from dictlearn.dictionaries.base import Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import CrossLayerConfig
 from dictlearn.dictionaries.dead_latents import Dead, DeadLatents
-from dictlearn.dictionaries.scaling import LEAST, MeanSquareByPart, scalings, spread
+from dictlearn.dictionaries.scaling import LEAST, ControlStatistics, MeanSquareByPart, scalings, spread
 from dictlearn.dictionaries.start import towards, unit_directions
 from dictlearn.ops import TopKCodes
 

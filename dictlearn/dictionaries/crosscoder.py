@@ -24,10 +24,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dictlearn.dictionaries.base import ControlStatistics
 from dictlearn.dictionaries.configs import CrosscoderConfig
 from dictlearn.dictionaries.parts import norms_of_parts
 from dictlearn.dictionaries.relu import ReLU
+from dictlearn.dictionaries.scaling import ControlStatistics
 
 
 class Crosscoder(ReLU):

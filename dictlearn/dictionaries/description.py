@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,19 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def hooks_of(provenance: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """``(hooks that are encoded, hooks that are rebuilt)`` of a provenance, where one is a plain string."""
     return names(provenance["hook_in"]), names(provenance["hook_out"])
+
+
+def dictionary_fingerprint(folder: Path) -> str:
+    """Hash of a saved dictionary: its description and its weights."""
+    digest = hashlib.sha256()
+    for name in (DESCRIPTION, WEIGHTS):
+        digest.update(name.encode())
+        try:
+            with (folder / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(
+                f"The dictionary in {str(folder)!r} is damaged ({name}: {error.strerror}); restore it or train again."
+            ) from None
+    return "sha256:" + digest.hexdigest()

@@ -1,13 +1,14 @@
 """Saving and loading our own dictionaries: a folder with ``dictionary.json`` and ``dictionary.safetensors``.
 
-What is saved is folded: it takes raw activations and needs nothing of the training code. The JSON file is written last,
-under a temporary name and renamed, so a folder that has it is whole.
+What is saved is folded: it takes raw activations and needs nothing of the training code. Both files are written under
+temporary names; the JSON file of before goes first and the new one comes last, so a folder that has it is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from activation_store.devices import refuse_missing
+from activation_store.disk import sync_path
 from activation_store.errors import UserError
 from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.base import Dictionary
@@ -28,12 +30,18 @@ def save(dictionary: Dictionary, folder: str | Path, provenance: dict[str, Any] 
     folder.mkdir(parents=True, exist_ok=True)
     folded = dictionary.fold()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in folded.state_dict().items()}
-    save_file(tensors, folder / (WEIGHTS + ".tmp"))
-    os.replace(folder / (WEIGHTS + ".tmp"), folder / WEIGHTS)
     description = {"format": FORMAT, "version": FORMAT_VERSION, **folded.described()}
     description["provenance"] = dictionary.provenance if provenance is None else provenance
+    save_file(tensors, folder / (WEIGHTS + ".tmp"))
     (folder / (DESCRIPTION + ".tmp")).write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(folder / (DESCRIPTION + ".tmp"), folder / DESCRIPTION)
+    for name in (WEIGHTS, DESCRIPTION):
+        sync_path(folder / (name + ".tmp"))
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    for name in (WEIGHTS, DESCRIPTION):
+        os.replace(folder / (name + ".tmp"), folder / name)
+    with suppress(OSError):  # some network file systems cannot
+        sync_path(folder)
+        sync_path(folder.parent)
     return folder
 
 

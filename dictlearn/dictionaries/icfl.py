@@ -36,7 +36,7 @@ from dictlearn.dictionaries.configs import ICFLConfig
 from dictlearn.dictionaries.scaling import LEAST, whitening
 
 if TYPE_CHECKING:
-    from dictlearn.dictionaries.base import ControlStatistics
+    from dictlearn.dictionaries.scaling import ControlStatistics
 
 RIDGE = 1e-6
 """Added to the diagonal of each L x L system: two nearly equal atoms in one round would otherwise explode."""
@@ -58,6 +58,7 @@ class ICFL(Dictionary):
     kind = "icfl"
     Config = ICFLConfig
     config: ICFLConfig
+    updated_by_row = ("atoms",)
     mean: Tensor
     whiten: Tensor
     unwhiten: Tensor

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
+from dictlearn.dictionaries.base import Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import KSparseConfig
 from dictlearn.dictionaries.falling_k import falling_k
-from dictlearn.dictionaries.scaling import LEAST, scalings
+from dictlearn.dictionaries.scaling import LEAST, ControlStatistics, scalings
 
 
 class KSparse(Dictionary):

@@ -34,10 +34,10 @@ from torch.autograd.function import once_differentiable
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
+from dictlearn.dictionaries.base import Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import MatchingPursuitConfig
 from dictlearn.dictionaries.dead_latents import Dead
-from dictlearn.dictionaries.scaling import LEAST, scalings
+from dictlearn.dictionaries.scaling import LEAST, ControlStatistics, scalings
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
 from dictlearn.dictionaries.unit_rows import drop_gradient_along, restore_norms
 

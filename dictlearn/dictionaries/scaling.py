@@ -27,18 +27,31 @@ Axes: B rows, D width, S latents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from activation_store.errors import UserError
 
-if TYPE_CHECKING:
-    from dictlearn.dictionaries.base import ControlStatistics
-
 LEAST = 1e-12
 """Least scale that is divided by: rows that do not vary stay finite."""
+
+
+class ControlStatistics(Protocol):
+    """What centring and whitening need to know of the control rows (a store's statistics of one hook have it).
+
+    Attributes:
+        mean: (D,) float64.
+        second_moment: (D, D) float64, the mean of outer products.
+    """
+
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def second_moment(self) -> np.ndarray: ...
 
 
 class Scaling(nn.Module):

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from activation_store.errors import UserError
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Loss, Width
+from dictlearn.dictionaries.base import Dictionary, Loss, Width
 from dictlearn.dictionaries.configs import SemiNMFConfig
-from dictlearn.dictionaries.scaling import LEAST, scalings
+from dictlearn.dictionaries.scaling import LEAST, ControlStatistics, scalings
 
 RIDGE = 1e-6
 """Added to the diagonal of G^T G, whose columns have unit norm (the authors' code has the same)."""

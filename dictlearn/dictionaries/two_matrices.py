@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary, Remembers, Update, Width, forget_moments
-from dictlearn.dictionaries.scaling import LEAST, RowWise, scalings, spread
+from dictlearn.dictionaries.base import Dictionary, Remembers, Update, Width, forget_moments
+from dictlearn.dictionaries.scaling import LEAST, ControlStatistics, RowWise, scalings, spread
 from dictlearn.dictionaries.start import geometric_median, towards, unit_directions
 from dictlearn.dictionaries.unit_rows import drop_gradient_along, restore_norms
 
@@ -32,6 +32,7 @@ REDRAWN_SHARE = 0.8
 
 
 class TwoMatrices(Dictionary):
+    updated_by_row = ("W_enc", "W_dec")
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters (S,) that are added to W_enc's product with the centred input."""
     spread_of_parts: Tensor

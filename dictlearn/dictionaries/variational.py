@@ -39,9 +39,10 @@ from torch import Tensor, nn
 
 from dictlearn import ops
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.base import ControlStatistics, Loss, Remembers, Width, forget_moments
+from dictlearn.dictionaries.base import Loss, Remembers, Width, forget_moments
 from dictlearn.dictionaries.configs import VariationalConfig
 from dictlearn.dictionaries.noise import row_noise
+from dictlearn.dictionaries.scaling import ControlStatistics
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops import TopKCodes
 

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from activation_store.disk import sync_path
 from activation_store.errors import UserError
 from dictlearn.training.optimisers import Average
 from dictlearn.training.step import Member
@@ -202,7 +203,7 @@ class Checkpoints:
             },
             path,
         )
-        _sync(path)
+        sync_path(path)
         about = {"rows": one.rows, "xxh3_128": _checksum(path)}
         _write_text(path.with_suffix(".json"), json.dumps(about))
 
@@ -320,18 +321,9 @@ def _checksum(path: Path) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_path(path)
 
 
 def _sync_folder(folder: Path) -> None:
     with suppress(OSError):  # some network file systems cannot
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        sync_path(folder)

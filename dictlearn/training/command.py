@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from activation_store.loader import Loader
 from activation_store.progress import NoProgress, Progress
 from activation_store.seeds import derive_seed
 from dictlearn.dictionaries.configs import check_hooks
-from dictlearn.training.configs import TrainConfig
+from dictlearn.training.configs import TrainConfig, config_from_yaml, config_to_dict, refuse_not_finite
 from dictlearn.training.memory import Widths, estimate, parameters
 from dictlearn.training.records import check_writers
 from dictlearn.workspace import RunFiles, Workspace
@@ -61,6 +61,10 @@ def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
             runs of one group cannot differ in.
     """
     first = configs[0]
+    refuse_missing(first.device)
+    for config in configs:
+        refuse_not_finite(f"{config.name!r}: ", asdict(config))
+        refuse_another(config, workspace.run(config.name))
     for config in configs[1:]:
         for name in TrainConfig.SHARED:
             if getattr(config, name) != getattr(first, name):
@@ -97,6 +101,29 @@ def check(configs: Sequence[TrainConfig[Any]], workspace: Workspace) -> Checked:
     memory = estimate(configs, widths).total + 4 * first.buffer_rows * sum(loader.d(hook) for hook in loader.hooks)
     passes = steps * first.batch_size / rows
     return Checked(loader, controls, TrainPlan(rows, steps, passes, learned, memory, str(mixing), mixing.well_mixed))
+
+
+def refuse_another(config: TrainConfig[Any], files: RunFiles) -> None:
+    """Refuse a folder that belongs to a run of another configuration, naming what differs first."""
+    if files.folder.exists() and not files.folder.is_dir():
+        raise UserError(f"{str(files.folder)!r} is a file, where the run's folder would be; choose another name.")
+    if not files.config.exists():
+        return
+    record = config_to_dict(config)
+    there = config_to_dict(config_from_yaml(files.config))  # what it does not say is as by default
+    differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
+    if not differing:
+        return
+    key = differing[0]
+    before, now = there[key], record[key]
+    while isinstance(before, dict) and isinstance(now, dict):
+        inner = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+        key, before, now = f"{key}.{inner}", before.get(inner), now.get(inner)
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    raise UserError(
+        f"The run {files.name!r} exists with another configuration ({key}: {before!r}, now {now!r}{more}); choose "
+        "another name, or delete the old run."
+    )
 
 
 def _check_widths(config: TrainConfig[Any], store: Store) -> Widths:
@@ -201,7 +228,6 @@ def train_group(
     from dictlearn.training import parallel
     from dictlearn.training.loop import Run, train
 
-    refuse_missing(configs[0].device)
     refuse_operations(configs[0])
     for config in configs:
         kind = dictionary_class(config.dictionary.kind)

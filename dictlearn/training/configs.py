@@ -6,6 +6,7 @@ The sentence under a field is its help text on the command line.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
@@ -116,6 +117,10 @@ class TrainConfig(Generic[DictionaryConfig]):
         return self.seed if self.order_seed is None else self.order_seed
 
 
+SECTIONS = {"dictionary": "kind: topk", "optimiser": "learning_rate: 0.001", "row_filter": "positions: [1, 100]"}
+"""Keys of a configuration that have keys of their own, with an example."""
+
+
 def config_from_yaml(path: str | Path) -> TrainConfig[Any]:
     """Read a run's configuration; an unknown key or a wrong type is named.
 
@@ -135,7 +140,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"There is no configuration file {str(path)!r}.")
     try:
-        record = yaml.safe_load(path.read_text())
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is no text in UTF-8, as a configuration file is.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(record, dict):
@@ -163,22 +172,49 @@ def config_from_dict(record: dict[str, Any], where: str) -> TrainConfig[Any]:
 
     from dictlearn.dictionaries import config_class
 
-    nested = record.get("dictionary") or {}
-    if not isinstance(nested, dict):
-        raise UserError(f"{where}: dictionary is {nested!r}; it should be keys and values such as 'kind: topk'.")
-    nested = dict(nested)
+    sections = {name: record.get(name) or {} for name in SECTIONS}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: {name} is {section!r}; it should be keys and values such as {SECTIONS[name]!r}.")
+    nested = dict(sections["dictionary"])
     kind = nested.pop("kind", "topk")
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: dictionary.kind is {kind!r}; it should be a name such as topk.")
     try:
         _refuse_unknown_keys(where, "", record, TrainConfig)
         _refuse_unknown_keys(where, "dictionary.", nested, config_class(kind))
-        _refuse_unknown_keys(where, "optimiser.", record.get("optimiser") or {}, OptimiserConfig)
+        _refuse_unknown_keys(where, "optimiser.", sections["optimiser"], OptimiserConfig)
+        _refuse_unknown_keys(where, "row_filter.", sections["row_filter"], RowFilter)
         dictionary: Any = TypeAdapter(config_class(kind)).validate_python(nested)
         complete: Any = TrainConfig[config_class(kind)]  # type: ignore[misc]
-        return TypeAdapter(complete).validate_python(record | {"dictionary": dictionary})
+        config: TrainConfig[Any] = TypeAdapter(complete).validate_python(record | {"dictionary": dictionary})
+        refuse_not_finite(f"{where}: ", asdict(config))
+        _refuse_truths(where, "", record, config_to_dict(config))
+        return config
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{where}: {key}: {first['msg']} (found {first['input']!r}).") from error
+
+
+def refuse_not_finite(prefix: str, values: dict[str, Any]) -> None:
+    """Raise UserError for a number that is infinite or none, at any depth; ``prefix`` begins the sentence."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            refuse_not_finite(f"{prefix}{key}.", value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{key} is {value}; it must be a finite number.")
+
+
+def _refuse_truths(where: str, prefix: str, given: dict[str, Any], made: dict[str, Any]) -> None:
+    """YAML reads yes and on as true, which Python takes for the number 1."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            _refuse_truths(where, f"{prefix}{key}.", value, made.get(key) or {})
+        elif isinstance(value, bool) and not isinstance(made.get(key), bool):
+            raise UserError(
+                f"{where}: {prefix}{key} is {'true' if value else 'false'}; it should be a number or a name."
+            )
 
 
 def _refuse_unknown_keys(where: str, prefix: str, record: dict[str, Any], cls: type) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dictlearn.dictionaries.base import ControlStatistics
+from dictlearn.dictionaries.scaling import ControlStatistics
 
 
 class SideBySide:

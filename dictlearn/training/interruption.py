@@ -40,7 +40,7 @@ class Interruption:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True
-        if again or not (self._busy or self._only_asked):
+        if again or not (self._busy or self._only_asked or _in_finaliser(frame)):
             raise KeyboardInterrupt
 
     @contextmanager
@@ -53,3 +53,12 @@ class Interruption:
             self._busy = False
         if self.asked and not self._only_asked:
             raise KeyboardInterrupt
+
+
+def _in_finaliser(frame: FrameType | None) -> bool:
+    """Whether Python would print what is raised here, and go on."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") == "weakref":
+            return True
+        frame = frame.f_back
+    return False

@@ -28,16 +28,17 @@ from activation_store.source import ActivationSource
 from activation_store.store import Store
 from dictlearn import ops
 from dictlearn.dictionaries import dictionary_class
-from dictlearn.dictionaries.base import ControlStatistics, Dictionary
+from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import save
+from dictlearn.dictionaries.scaling import ControlStatistics
 from dictlearn.training.checkpoint import Checkpoints, Progressed, put_back
-from dictlearn.training.configs import TrainConfig, config_from_yaml, config_to_dict
+from dictlearn.training.configs import TrainConfig, config_to_dict
 from dictlearn.training.control import SideBySide
 from dictlearn.training.interruption import Interruption, TrainingInterrupted
 from dictlearn.training.memory import estimate, what_to_lower
 from dictlearn.training.optimisers import Average, Optimiser
-from dictlearn.training.parallel import Processes, keep_latents
-from dictlearn.training.records import Record, open_record
+from dictlearn.training.parallel import Processes, keep_latents, with_all_latents
+from dictlearn.training.records import Record, open_record, training
 from dictlearn.training.step import Member, NotFinite, Step, side_by_side
 from dictlearn.training.together import Together
 from dictlearn.workspace import RunFiles
@@ -70,7 +71,7 @@ def train(
     notify: Callable[[str], None] = lambda sentence: None,
     processes: Processes | None = None,
 ) -> None:
-    """Train all runs to ``steps`` and save their folded dictionaries; finished runs are returned as they are.
+    """Train all runs to ``steps`` and save their folded dictionaries; nothing is done where all are finished.
 
     Args:
         runs: with the same settings of what they share (`TrainConfig.SHARED`); ``loader`` delivers all their hooks.
@@ -78,15 +79,11 @@ def train(
         notify: told what a person should know meanwhile: a damaged checkpoint, a run of several that stopped.
 
     Raises:
-        UserError: a name in use by another configuration; no run that goes on; too little memory.
+        UserError: another process that trains a run; no run that goes on; too little memory.
         TrainingInterrupted: on Ctrl-C or SIGTERM; a checkpoint was written.
     """
     processes = processes or Processes()
     shared = runs[0].config
-    if processes.leads:
-        for run in runs:
-            refuse_another(run)
-    processes.wait()
     checkpoints = Checkpoints(
         folder,
         shared.keep_checkpoints,
@@ -101,15 +98,26 @@ def train(
     ops.set_backend(shared.ops)
     using = f"{ops.backend(processes.device)} operations on {processes.device}, in {precision(shared)}"
     notify(f"Training with the {using}.")
-    first = first_rows(loader, min(INITIAL_ROWS, loader.rows))
-    members = [build(run, first, loader, processes) for run in runs]
+    begin_with = [min(max(INITIAL_ROWS, getattr(run.config.dictionary, "rows", 0)), loader.rows) for run in runs]
+    first = first_rows(loader, max(begin_with))
+    members = [
+        build(run, whole_batches(first, count, shared.batch_size), loader, processes)
+        for run, count in zip(runs, begin_with, strict=True)
+    ]
+    del first
     if processes.leads:
         for run in runs:
             write_config(run)  # a kind that refuses its first rows leaves no folder
-    step = checkpoints.restore(members, loader.load_state_dict, notify)
-    position, saved = loader.state_dict(), step
 
     with ExitStack() as opened:
+        if processes.leads:
+            for run in runs:
+                opened.enter_context(training(run.files))
+        step = checkpoints.restore(members, loader.load_state_dict, notify)
+        position, saved = loader.state_dict(), step
+        for one in members:
+            if one.stopped is not None:
+                notify(one.stopped)
         records = [opened.enter_context(open_record_of(run, step)) for run in runs if processes.leads]
         task = opened.enter_context(progress.task(title(runs), total=steps * shared.batch_size, unit="tokens"))
         together = opened.enter_context(Together(len(runs), not processes.device.startswith("cuda"), processes.several))
@@ -137,7 +145,7 @@ def train(
                     saves = step % shared.checkpoint_every == 0 and step < steps
                     if logs or saves:
                         found |= not_finite_until_now(members)
-                    lines = stopped_members(runs, members, found, step, position, loader, notify)
+                    lines = stopped_members(runs, members, found, step, saved, position, loader, notify)
                     if logs:
                         wall = time.perf_counter() - started
                         rate = (step - first_step) * shared.batch_size / max(wall, 1e-9)
@@ -155,9 +163,11 @@ def train(
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             found = not_finite_until_now(members)
-            write(records, stopped_members(runs, members, found, step, position, loader, notify))
-            if go_on(members):
-                if saved < step < steps:
+            write(records, stopped_members(runs, members, found, step, saved, position, loader, notify))
+            if go_on(members) and step == 0:
+                raise TrainingInterrupted("Interrupted before the first step; the same command begins again.") from None
+            if go_on(members) and step < steps:
+                if saved < step:
                     checkpoints.save(step, position, members)
                 raise TrainingInterrupted(
                     f"Interrupted after step {step:,} of {steps:,}, of which there is a checkpoint; the same command "
@@ -193,22 +203,6 @@ def show(task: Task, runs: Sequence[Run], members: Sequence[Progressed], numbers
             for number, run in enumerate(runs)
         }
     )
-
-
-def refuse_another(run: Run) -> None:
-    """Refuse a folder that belongs to a run of another configuration."""
-    files = run.files
-    if not files.config.exists():
-        return
-    record = config_to_dict(run.config)
-    there = config_to_dict(config_from_yaml(files.config))  # what it does not say is as by default
-    differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
-    if differing:
-        key = differing[0]
-        raise UserError(
-            f"The run {files.name!r} exists with another configuration ({key}: {there[key]!r}, "
-            f"now {record[key]!r}); choose another name, or delete the old run."
-        )
 
 
 def write_config(run: Run) -> None:
@@ -307,8 +301,12 @@ def first_rows(loader: ActivationSource, count: int) -> dict[str, Tensor]:
     return {hook: torch.cat([batch[hook] for batch in batches]).cpu() for hook in batches[0]}
 
 
+def whole_batches(rows: dict[str, Tensor], count: int, batch_size: int) -> dict[str, Tensor]:
+    """The first batches of these rows that have ``count`` together: what `first_rows` gives for it."""
+    return {hook: values[: -(-count // batch_size) * batch_size] for hook, values in rows.items()}
+
+
 def open_record_of(run: Run, step: int) -> Record:
-    """Locked for this process: nobody else trains the run meanwhile."""
     return open_record(
         run.files,
         step,
@@ -346,6 +344,7 @@ def stopped_members(
     members: Sequence[Progressed],
     found: Mapping[int, Step | NotFinite],
     step: int,
+    saved: int,
     position: dict[str, Any],
     loader: ActivationSource,
     notify: Callable[[str], None],
@@ -353,13 +352,13 @@ def stopped_members(
     """Stop the members of which a step was not finite; returns the last line of each one's metrics.
 
     Args:
-        step: how many have been taken.
+        step, saved: how many have been taken, and how many at the last checkpoint.
         position: of the loader after the last of them.
     """
     lines = {}
     for number, result in found.items():
         if isinstance(result, NotFinite):
-            why = not_finite(runs[number], result, loader.rows_before(position, step - 1 - result.step))
+            why = not_finite(runs[number], result, saved, loader.rows_before(position, step - 1 - result.step))
             members[number].stop(why, result.step)
             lines[number] = {"step": result.step + 1, "stopped": why}
             if len(runs) > 1:
@@ -367,16 +366,17 @@ def stopped_members(
     return lines
 
 
-def not_finite(run: Run, found: NotFinite, batch: np.ndarray) -> str:
+def not_finite(run: Run, found: NotFinite, saved: int, batch: np.ndarray) -> str:
     """The sentence about a member that stops in a step that updated nothing, on a batch of these rows of the store."""
     where = ""
     if len(found.rows):
         rows = batch[found.rows.numpy()]
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         where = f", in rows {', '.join(map(str, rows[:5]))}{more} of the store"
+    kept = f"its checkpoint of step {saved:,} is kept" if saved else "it has no checkpoint yet"
     return (
-        f"The loss of run {run.config.name!r} is not finite at step {found.step} ({found.terms}{where}); its last "
-        "checkpoint is kept. Lower the learning rate, or verify the store with `dictlearn store verify`."
+        f"The loss of run {run.config.name!r} is not finite at step {found.step} ({found.terms}{where}); {kept}. Train "
+        "with a lower learning rate under another name, or verify the store with `dictlearn store verify`."
     )
 
 
@@ -437,7 +437,7 @@ def explained(runs: Sequence[Run], loader: ActivationSource, processes: Processe
                 for config in configs
             ]
             there = torch.cuda.mem_get_info()[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            lower = what_to_lower(estimate(configs, widths), there, configs[0].batch_size)
+            lower = what_to_lower(estimate(configs, widths), there, configs[0].batch_size, processes.data_part[1])
             raise UserError(f"There is not enough memory: {lower}") from error
         if processes.several:
             raise UserError(
@@ -455,8 +455,12 @@ def finish(
     position: dict[str, Any],
     processes: Processes,
 ) -> None:
-    """Save the dictionaries of the runs that came to their end, and let go of the checkpoints."""
-    if processes.latent_part[1] > 1:
+    """Save the dictionaries of the runs that came to their end, and let go of the checkpoints.
+
+    Those of runs of which one stopped are kept: they hold its last good state, and say that it stopped.
+    """
+    stopped = any(one.stopped is not None for one in members)
+    if (stopped or processes.latent_part[1] > 1) and step not in checkpoints.steps():
         checkpoints.save(step, position, members)
     if processes.leads:
         for run, one in zip(runs, members, strict=True):
@@ -465,15 +469,13 @@ def finish(
             whole = one.member if processes.latent_part[1] == 1 else assembled(run, one, checkpoints)
             dictionary = whole.dictionary if whole.average is None else whole.average.applied(whole.dictionary)
             save(dictionary, run.files.dictionary)
-    checkpoints.remove()
+    if not stopped:
+        checkpoints.remove()
 
 
 def assembled(run: Run, one: Progressed, checkpoints: Checkpoints) -> Member:
-    """A member with the latents of all processes, from the checkpoint that they have just written."""
-    part = one.member.dictionary
-    widths_out = None if part.autoencoder else part.output_parts
-    dictionary = dictionary_class(run.config.dictionary.kind)(run.config.dictionary, part.input_parts, widths_out)
-    dictionary.provenance = one.member.dictionary.provenance
+    """A member with the latents of all processes, from the checkpoint that they have written."""
+    dictionary = with_all_latents(one.member.dictionary)
     averaging = run.config.optimiser.averaging
     member = Member(
         one.member.name,

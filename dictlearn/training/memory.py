@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dictlearn.terminal import bytes_in_words
@@ -78,8 +78,10 @@ def _on_gpu(config: TrainConfig[Any]) -> tuple[int, int]:
     return (3 if by_row else 4) * FLOAT + (2 if low == 2 else 0), low
 
 
-def what_to_lower(memory: Memory, there: int, batch_size: int) -> str:
-    """A sentence for a run that found too little memory."""
+def what_to_lower(memory: Memory, there: int, batch_size: int, data_parts: int = 1) -> str:
+    """A sentence for a run that found too little memory; its batch is shared by ``data_parts`` processes."""
+    batch_size //= data_parts
+    memory = replace(memory, rows=math.ceil(memory.rows / data_parts))
     said = (
         f"weights and moments take {bytes_in_words(memory.fixed)}, a batch of {memory.rows:,} rows takes another "
         f"{bytes_in_words(memory.per_row * memory.rows)}, and there are {bytes_in_words(there)}"
@@ -89,8 +91,8 @@ def what_to_lower(memory: Memory, there: int, batch_size: int) -> str:
         return f"{said}; lower d_sae to at most {0.8 * there / memory.fixed:.0%} of what it is, or train fewer at once."
     # if by this count there was room, then something that is not in it took it: half as many rows at once, at least
     rows = min(int(room // memory.per_row), max(1, memory.rows // 2))
-    accumulate = 2 ** math.ceil(math.log2(batch_size / rows))
+    accumulate = next(parts for parts in range(math.ceil(batch_size / rows), batch_size + 1) if batch_size % parts == 0)
     return (
         f"{said}; set accumulate to {accumulate}, which computes the same batch in parts of "
-        f"{math.ceil(batch_size / accumulate):,} rows, or lower batch_size to {2 ** int(math.log2(rows)):,}."
+        f"{batch_size // accumulate:,} rows, or lower batch_size to {data_parts * 2 ** int(math.log2(rows)):,}."
     )

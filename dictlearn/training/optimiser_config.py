@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +28,9 @@ class OptimiserConfig:
 
     def check(self) -> None:
         """Raise UserError for a number out of its range."""
-        if self.learning_rate is not None and self.learning_rate <= 0:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
-        if self.warm_up_steps < 0 or self.gradient_clip < 0:
+        if self.warm_up_steps < 0 or not self.gradient_clip >= 0:
             raise UserError("warm_up_steps and gradient_clip must not be negative; 0 turns either off.")
         if not 0 <= self.decay_share <= 1:
             raise UserError(f"decay_share is {self.decay_share}; it is a share of the run, between 0 and 1.")

@@ -25,7 +25,7 @@ class Optimiser:
     def __init__(self, config: OptimiserConfig, dictionary: Dictionary) -> None:
         self._named = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         self.peak = config.learning_rate or 2e-4 / (dictionary.config.d_sae / 2**14) ** 0.5
-        self._config = config
+        self._config, self._by_row = config, dictionary.updated_by_row
         matrices = [p for p in self._named.values() if p.ndim == 2 and config.rule == "muon"]
         others = [p for p in self._named.values() if not any(p is m for m in matrices)]
         self._parts: list[torch.optim.Optimizer] = []
@@ -62,8 +62,8 @@ class Optimiser:
 
     @property
     def updates_rows_of(self) -> list[Tensor]:
-        """The weight matrices whose gradient may come as a row gradient: those that Adam updates."""
-        return [p for p in self._named.values() if p.ndim == 2 and self._config.rule == "adam"]
+        """The weight matrices whose gradient may come as a row gradient: those of the kind that Adam updates."""
+        return [self._named[name] for name in self._by_row if self._config.rule == "adam"]
 
     @property
     def conditional(self) -> bool:

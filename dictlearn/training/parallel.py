@@ -104,6 +104,11 @@ def refuse_what_cannot_be_shared(config: TrainConfig[Any], splits_latents: bool)
             f"batch_size is {config.batch_size}, which {data_parts} processes in {config.accumulate} parts each cannot "
             f"share evenly; make it a multiple of {data_parts * config.accumulate}."
         )
+    if config.latent_parts > 1 and config.optimiser.rule == "muon":
+        raise UserError(
+            "Muon's step of a weight matrix needs all of its rows, which latent_parts spreads over processes; leave "
+            "latent_parts out, and the processes share the batch, or set optimiser.rule to adam."
+        )
     if size > 1 and getattr(config.dictionary, "resample_every", False):
         raise UserError("resample_every draws from all rows of a batch, which no process has; set it to 0, or use one.")
     if size > 1 and config.follow:
@@ -138,3 +143,14 @@ def keep_latents(dictionary: Dictionary, rows: tuple[int, int]) -> None:
         tensor = getattr(dictionary, name)
         tensor.data = tensor.data[first:last].clone()
     dictionary.d_sae = last - first
+
+
+@torch.no_grad()
+def with_all_latents(part: Dictionary) -> Dictionary:
+    """A copy in host memory with room for the latents of all parts, and zeros in it; all else is the part's."""
+    whole = part.copy().cpu()
+    whole.d_sae = whole.config.d_sae
+    for name in whole.latent_tensors:
+        tensor = getattr(whole, name)
+        tensor.data = tensor.new_zeros(whole.d_sae, *tensor.shape[1:])
+    return whole

@@ -15,7 +15,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,22 @@ def _is_installed(package: str) -> bool:
     return found is not None and found.origin is not None  # a mere folder of that name, as wandb makes, has no origin
 
 
+@contextmanager
+def training(files: RunFiles) -> Iterator[None]:
+    """Within the block this process trains the run, and no other may.
+
+    Raises:
+        UserError: another one does.
+    """
+    ownership = Ownership.take(files.lock, files.folder)
+    try:
+        yield
+    finally:
+        ownership.release()
+
+
 def open_record(files: RunFiles, step: int, *, tensorboard: bool, wandb: str | None, config: dict[str, Any]) -> Record:
-    """The record of a run that goes on after ``step``; of one that begins, 0.
+    """The record of a run that this process trains (`training`) and that goes on after ``step``; 0 if it begins.
 
     Args:
         files: of the run; its folder is there.
@@ -68,24 +83,18 @@ def open_record(files: RunFiles, step: int, *, tensorboard: bool, wandb: str | N
         config: the run's configuration, shown by Weights & Biases; its ``sweep`` becomes the group.
 
     Raises:
-        UserError: another process is training the run; Weights & Biases refuses it, or cannot be reached.
+        UserError: Weights & Biases refuses it, or cannot be reached.
     """
-    ownership = Ownership.take(files.lock, files.folder)
-    try:
-        cut_back(files.metrics, step)
-        events = _open_tensorboard(files, step) if tensorboard else None
-        run = _open_wandb(files, wandb, config) if wandb is not None else None
-        return Record(files.metrics, ownership, events, run)
-    except BaseException:
-        ownership.release()
-        raise
+    cut_back(files.metrics, step)
+    events = _open_tensorboard(files, step) if tensorboard else None
+    run = _open_wandb(files, wandb, config) if wandb is not None else None
+    return Record(files.metrics, events, run)
 
 
 class Record:
-    """The open record of one run, which says that the run is training; a context manager."""
+    """The open record of one run; a context manager."""
 
-    def __init__(self, metrics: Path, ownership: Ownership, events: SummaryWriter | None, run: Run | None):
-        self._ownership = ownership
+    def __init__(self, metrics: Path, events: SummaryWriter | None, run: Run | None):
         self._events = events
         self._run = run
         if run is not None and metrics.exists():
@@ -127,7 +136,6 @@ class Record:
             self._events.close()
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
-        self._ownership.release()
 
     def __enter__(self) -> Record:
         return self

@@ -153,7 +153,8 @@ def clip(member: Member) -> Tensor:
     named = {name: p.grad for name, p in member.dictionary.named_parameters() if p.grad is not None}
     parts = [grad for name, grad in named.items() if name in split]
     whole = [grad for name, grad in named.items() if name not in split]
-    squares = sum((torch.linalg.vector_norm(grad).square() for grad in parts), next(iter(named.values())).new_zeros(()))
+    nothing = member.optimiser.parameters[0].new_zeros(())
+    squares = sum((torch.linalg.vector_norm(grad).square() for grad in parts), nothing)
     squares = ops.total_over_latents(squares)
     squares = sum((torch.linalg.vector_norm(grad).square() for grad in whole), squares)
     for parameter, gradient in _row_gradients(member):
@@ -161,12 +162,12 @@ def clip(member: Member) -> Tensor:
     norm = squares.sqrt()
     if member.gradient_clip > 0 and ops.runs_ahead(norm.device):
         factor = (member.gradient_clip / norm).clamp(max=1.0)
-        torch._foreach_mul_(list(named.values()), factor)
     elif 0 < member.gradient_clip < norm:
         factor = member.gradient_clip / norm
-        torch._foreach_mul_(list(named.values()), float(factor))
     else:
         return norm
+    if named:
+        torch._foreach_mul_(list(named.values()), factor if ops.runs_ahead(norm.device) else float(factor))
     for _, gradient in _row_gradients(member):
         gradient.factor = factor
     return norm

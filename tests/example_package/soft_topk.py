@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from activation_store import UserError
 from dictlearn import Codes, Dictionary
-from dictlearn.dictionaries.base import ControlStatistics, Loss
-from dictlearn.dictionaries.scaling import scalings
+from dictlearn.dictionaries.base import Loss
+from dictlearn.dictionaries.scaling import ControlStatistics, scalings
 
 
 @dataclass(frozen=True)

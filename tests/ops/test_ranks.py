@@ -11,7 +11,10 @@ import torch.multiprocessing as multiprocessing
 from tests.ops.rank_worker import compare
 
 
-@pytest.mark.parametrize(("size", "data_parts"), [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    ("size", "data_parts"),
+    [pytest.param(2, 1, marks=pytest.mark.heavy), (2, 2), pytest.param(4, 2, marks=pytest.mark.heavy)],
+)
 def test_a_split_dictionary_equals_the_whole_one(tmp_path, size, data_parts):
     multiprocessing.spawn(compare, (size, data_parts, str(tmp_path / "rendezvous")), nprocs=size)
 

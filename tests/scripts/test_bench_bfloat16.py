@@ -12,6 +12,7 @@ from dictlearn import ops
 from tests.training.planted import IN, make_store
 
 
+@pytest.mark.heavy
 def test_it_prints_a_table_of_all_ways(tmp_path):
     make_store(tmp_path / "s.zarr", rows=3000)
     settings = ["--d-sae", "32", "--k", "4", "--batch", "128", "--steps", "3", "--seeds", "2", "--rows", "200"]

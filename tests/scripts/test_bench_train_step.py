@@ -48,6 +48,7 @@ def test_both_our_steps_lose_the_same_on_the_same_rows(tmp_path):
     assert measured["fvu"]["ours"] == pytest.approx(measured["fvu"]["ours, dense"], rel=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("mode", "first"), [("--stages", "encoder GEMM"), ("--loader", "memory, float32")])
 def test_the_other_modes_fill_their_table(mode, first, tmp_path):
     (table,), _ = run(tmp_path, mode, "--rounds", "1", "--steps", "3")
@@ -56,6 +57,7 @@ def test_the_other_modes_fill_their_table(mode, first, tmp_path):
     assert all(float(cell.replace(",", "").rstrip("%")) >= 0 for cells in rows.values() for cell in cells)
 
 
+@pytest.mark.heavy
 def test_another_kind_stands_beside_topk_on_the_same_rows(tmp_path):
     kind = '{"kind": "icfl", "rounds": 2, "width": 2}'
     (table,), measured = run(tmp_path, "--kind", kind, "--rounds", "1")

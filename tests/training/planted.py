@@ -23,7 +23,12 @@ LAYERS = 3
 
 
 def make_store(
-    path: Path, rows: int = 3000, fingerprint: str = "sha256:model", between=lambda part: None, seed: int = 0
+    path: Path,
+    rows: int = 3000,
+    fingerprint: str = "sha256:model",
+    between=lambda part: None,
+    seed: int = 0,
+    model: str = "planted",
 ) -> None:
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(40, 16))
@@ -34,7 +39,7 @@ def make_store(
     ]
     plan = StorePlan(rows, documents, {"BOS": 30}, {"seed": 0, "context": 16, "bos_token_id": 0})
     hooks = [HookSpec(IN, (16,), "float32"), HookSpec(OUT, (12,), "float32")]
-    provenance = {"model": {"name": "planted", "fingerprint": fingerprint}, "corpus": {"name": "none"}}
+    provenance = {"model": {"name": model, "fingerprint": fingerprint}, "corpus": {"name": "none"}}
     with StoreWriter(path, plan, hooks, Geometry(64, 512), provenance) as writer:
         for number, part in enumerate(np.array_split(np.arange(rows), 10)):
             between(number)

@@ -9,7 +9,8 @@ import pytest
 
 from activation_store.errors import UserError
 from dictlearn.dictionaries import CONFIGS, dictionary_class
-from dictlearn.metrics.command import EvaluateConfig, read_evaluation, run_evaluate
+from dictlearn.metrics.command import run_evaluate
+from dictlearn.metrics.record import EvaluateConfig, read_evaluation
 from dictlearn.training.command import train_group
 from dictlearn.training.configs import TrainConfig
 from dictlearn.training.memory import parameters

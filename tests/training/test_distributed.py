@@ -47,14 +47,30 @@ LONG = TrainConfig(
 )
 
 
-def torchrun(workspace: Workspace, folder: Path, config: TrainConfig | dict, size: int) -> subprocess.Popen:
-    """A run, or a sweep as its file has it."""
+DYING = """
+import os, signal
+from dictlearn.training import loop
+from tests import command_with_threads
+
+loop.save = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+command_with_threads.main()
+"""
+
+
+def torchrun(
+    workspace: Workspace,
+    folder: Path,
+    config: TrainConfig | dict,
+    size: int,
+    module: str = "tests.command_with_threads",
+) -> subprocess.Popen:
+    """A run, or a sweep as its file has it; ``module`` may lie in the folder."""
     record = config_to_dict(config) if isinstance(config, TrainConfig) else config
     path = folder / f"{record['name']}-{size}.yaml"
     path.write_text(yaml.safe_dump(record))
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone", "-m"]
-    line += ["tests.command_with_threads", "train", str(path), "--workspace", str(workspace.root)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    line += [module, "train", str(path), "--workspace", str(workspace.root)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -77,14 +93,22 @@ def assert_close_runs(workspace: Workspace, one: str, other: str) -> None:
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-3), (a["step"], key)
-    found, expected = (dictlearn.load(workspace.run(name).folder).W_dec for name in (one, other))
-    assert found.shape == expected.shape
-    assert torch.cosine_similarity(found, expected).median() > 0.999
+    found, expected = (dictlearn.load(workspace.run(name).folder) for name in (one, other))
+    assert found.W_dec.shape == expected.W_dec.shape
+    assert torch.cosine_similarity(found.W_dec, expected.W_dec).median() > 0.999
+    x = 3 * torch.randn(64, found.d_in, generator=torch.Generator().manual_seed(0)) + 1
+    mine, theirs = found(x), expected(x)
+    assert torch.linalg.vector_norm(mine - theirs) < 0.05 * torch.linalg.vector_norm(theirs)
 
 
 @pytest.mark.parametrize(
     ("size", "latent_parts"),
-    [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.heavy), pytest.param(4, 4, marks=pytest.mark.heavy)],
+    [
+        pytest.param(2, 1, marks=pytest.mark.heavy),
+        (2, 2),
+        pytest.param(4, 2, marks=pytest.mark.heavy),
+        pytest.param(4, 4, marks=pytest.mark.heavy),
+    ],
 )
 def test_several_processes_train_the_run_of_one(workspace, tmp_path, size, latent_parts):
     run_train(replace(LONG, name="alone"), workspace)
@@ -140,6 +164,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.heavy
 def test_a_rank_killed_in_the_middle_stops_the_job_and_fewer_processes_continue_it(workspace, tmp_path):
     """A checkpoint of two parts of the latents is continued by one process that holds them all."""
     slow = replace(LONG, steps=1200, latent_parts=2)
@@ -187,6 +212,21 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_one_step(workspace, tmp_path
     assert 0 < step < 3000
 
 
+@pytest.mark.heavy
+def test_killed_while_the_parts_are_put_together_the_same_command_finishes(workspace, tmp_path):
+    """The checkpoint that they are put together from is there already then."""
+    run_train(replace(LONG, name="alone"), workspace)
+    config = replace(LONG, latent_parts=2)
+    (tmp_path / "dying.py").write_text(DYING)
+    died = torchrun(workspace, tmp_path, config, 2, module="dying")
+    died.communicate(timeout=240)
+    assert died.returncode != 0 and not workspace.run("long").dictionary.exists()
+    assert max(Checkpoints(workspace.run("long").checkpoints).steps()) == 120
+    finished(torchrun(workspace, tmp_path, config, 2))
+    assert_close_runs(workspace, "long", "alone")
+    assert not workspace.run("long").checkpoints.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "splits", "sentence"),
     [
@@ -195,6 +235,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_one_step(workspace, tmp_path
         ({"latent_parts": 2, "dictionary": CODEBOOK.dictionary}, 2, False, "of kind 'icfl' cannot be spread"),
         ({"batch_size": 130}, 4, True, "batch_size is 130, which 4 processes in 1 parts each cannot share evenly"),
         ({"follow": True}, 2, True, "follow is for one process"),
+        ({"latent_parts": 2, "optimiser": OptimiserConfig(rule="muon")}, 2, True, "Muon's step of a weight matrix"),
         ({"dictionary": TopKConfig(d_sae=64, k=4, resample_every=5)}, 2, True, "resample_every draws from all rows"),
     ],
 )

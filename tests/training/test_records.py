@@ -21,7 +21,7 @@ import pytest
 
 from activation_store.errors import UserError
 from dictlearn.training.command import run_train
-from dictlearn.training.records import Record, check_writers, cut_back, open_record
+from dictlearn.training.records import Record, check_writers, cut_back, open_record, training
 from dictlearn.workspace import RunFiles, Workspace
 from tests.training.test_training import SAE, make_store
 
@@ -102,12 +102,12 @@ def test_a_kill_while_cutting_leaves_the_old_file(files, monkeypatch):
 WRITER = """
 import sys, time
 from pathlib import Path
-from dictlearn.training.records import open_record
+from dictlearn.training.records import open_record, training
 from dictlearn.workspace import RunFiles
 
 folder, step, steps, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 copies = dict(tensorboard=sys.argv[5] == "all", wandb="tests" if sys.argv[5] == "all" else None)
-with open_record(RunFiles(folder), step, **copies, config={}) as record:
+with training(RunFiles(folder)), open_record(RunFiles(folder), step, **copies, config={}) as record:
     while step < steps:
         step += 10
         numbers = {"loss": 1 / step, "fvu": 1 / 3 + step, "wall_seconds": time.time()}
@@ -152,18 +152,18 @@ def test_while_it_is_written_the_run_is_training_and_nobody_else_may(files):
             assert process.poll() is None
         assert files.is_training()
         with pytest.raises(UserError, match=f"is being written by process {process.pid}; wait for it to end"):
-            opened(files)
+            training(files).__enter__()
     finally:
         kill_after(process, files, 1)
     assert files.lock.exists() and not files.is_training()
-    with opened(files):
+    with training(files):
         assert files.is_training()
     assert not files.lock.exists()
 
 
 def test_what_cannot_be_opened_is_not_left_locked(files):
     files.metrics.mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError), training(files):
         opened(files)
     assert not files.is_training()
 

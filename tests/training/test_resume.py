@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from dictlearn.training import checkpoint
 from dictlearn.training.checkpoint import Checkpoints
 from dictlearn.training.command import run_train
 from dictlearn.training.configs import config_to_dict
-from dictlearn.training.interruption import TrainingInterrupted
+from dictlearn.training.interruption import Interruption, TrainingInterrupted
 from dictlearn.training.optimiser_config import OptimiserConfig
+from dictlearn.training.records import training
 from dictlearn.training.together import Together
 from dictlearn.workspace import Workspace
 from tests.training.planted import KINDS, SAE, TRANSCODER, make_store, metrics, weights
@@ -167,6 +169,7 @@ def test_a_real_process_killed_with_sigkill_resumes_bit_for_bit(workspace, comma
     assert_same_runs(workspace, "slow", "whole")
 
 
+@pytest.mark.heavy
 def test_sigterm_writes_a_checkpoint_of_the_very_step_and_exits_cleanly(workspace, command):
     run_train(replace(SLOW, name="whole"), workspace)
     rare = replace(SLOW, checkpoint_every=700)
@@ -282,7 +285,7 @@ def test_when_all_checkpoints_are_damaged_nothing_is_thrown_away(workspace, monk
 def test_a_kill_inside_a_checkpoint_leaves_the_one_before(workspace, monkeypatch):
     """At every place where something is about to be made durable, renamed or removed."""
     run_train(replace(SAE, name="whole"), workspace)
-    places = ["_sync", "_sync_folder", "_write_text", "_checksum", "replace", "rmtree"]
+    places = ["sync_path", "_sync_folder", "_write_text", "_checksum", "replace", "rmtree"]
     for place in places:
         for call in (5, 8):
             name = f"{place.strip('_')}-{call}"
@@ -331,6 +334,16 @@ def test_only_as_many_checkpoints_as_asked_are_kept_and_none_after_the_end(works
     ]
 
 
+def test_while_another_process_trains_the_run_its_checkpoints_are_left_alone(workspace, monkeypatch):
+    """What is about to be removed may look damaged from outside."""
+    checkpoints = interrupted(workspace, monkeypatch)
+    (newest(checkpoints) / "state.json").unlink()
+    before = sorted(checkpoints.folder.rglob("*"))
+    with training(workspace.run("sae")), pytest.raises(UserError, match="is being written by process"):
+        run_train(SAE, workspace)
+    assert sorted(checkpoints.folder.rglob("*")) == before
+
+
 def test_nothing_in_a_checkpoint_is_pickled(workspace, monkeypatch):
     """A checkpoint from somebody else must not be able to run code here."""
     checkpoints = interrupted(workspace, monkeypatch)
@@ -359,7 +372,53 @@ def test_interrupting_in_this_process_says_how_to_go_on(workspace, monkeypatch):
     assert_same_runs(workspace, "sae", "whole")
 
 
+def test_a_signal_that_comes_in_a_finaliser_is_kept_for_the_end_of_the_step(monkeypatch):
+    """Python prints what is raised there, and goes on."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    class Something:
+        pass
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+    with Interruption(only_asked=False) as interruption:
+        something = Something()
+        weakref.finalize(something, stop)
+        del something
+        assert interruption.asked and not printed
+        with pytest.raises(KeyboardInterrupt), interruption.put_off():
+            pass
+
+
+def test_interrupted_in_its_last_step_a_run_is_finished(workspace, monkeypatch):
+    take_step = Together.take_step
+
+    def interrupt(self, *arguments):
+        if arguments[3] == 59:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Together, "take_step", interrupt)
+        run_train(SAE, workspace)
+    run_train(replace(SAE, name="whole"), workspace)
+    assert_same_runs(workspace, "sae", "whole")
+
+
+def test_interrupted_before_its_first_step_a_run_claims_no_checkpoint(workspace, monkeypatch):
+    def interrupt(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Together, "take_step", interrupt)
+    with pytest.raises(TrainingInterrupted, match="before the first step; the same command begins again"):
+        run_train(SAE, workspace)
+    assert not workspace.run("sae").checkpoints.exists()
+
+
 def test_a_run_that_only_differs_in_a_decisive_setting_is_refused(workspace, monkeypatch):
     interrupted(workspace, monkeypatch)
-    with pytest.raises(UserError, match="'sae' exists with another configuration .dictionary: "):
+    with pytest.raises(UserError, match="'sae' exists with another configuration .dictionary.k: 4, now 5"):
         run_train(replace(SAE, dictionary=TopKConfig(d_sae=64, k=5, dead_after_rows=3000)), workspace)

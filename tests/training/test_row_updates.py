@@ -6,6 +6,7 @@ In float64, in Triton's interpreter: weights, moments, norms and losses of sever
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.configs import (
     AbsTopKConfig,
     BatchTopKConfig,
+    CrossLayerConfig,
+    ICFLConfig,
     KSparseConfig,
     MatryoshkaConfig,
     SkipConfig,
@@ -38,8 +41,10 @@ KINDS = {
     "matryoshka": (MatryoshkaConfig(**COMMON), None),
     "skip": (SkipConfig(**COMMON), 3),
     "ksparse": (KSparseConfig(**COMMON), None),
+    "icfl": (ICFLConfig(d_sae=9, rounds=2, width=2, whiten=False), None),
+    "clt": (CrossLayerConfig(d_sae=12, k=2, dead_after_rows=30), (2, 2)),
 }
-QUICK = ("topk", "transcoder", "multi-topk", "matryoshka", "ksparse")
+QUICK = ("topk", "transcoder", "multi-topk", "matryoshka", "ksparse", "icfl", "clt")
 """Kinds that reach the kernels each in its own way; the others only with the heavy tests."""
 
 
@@ -50,10 +55,14 @@ def _leave_ops_as_they_were():
     ops.run_ahead(None)
 
 
+def width(d_out):
+    return d_out if isinstance(d_out, int) else sum(d_out)
+
+
 def batch(step, d_out, dtype=torch.float64):
     generator = torch.Generator().manual_seed(100 + step)
     x = torch.randn(6, 4, generator=generator, dtype=dtype) + 1
-    return x, None if d_out is None else torch.randn(6, d_out, generator=generator, dtype=dtype)
+    return x, None if d_out is None else torch.randn(6, width(d_out), generator=generator, dtype=dtype)
 
 
 def trained(
@@ -61,11 +70,11 @@ def trained(
 ):
     """A member after some steps, and what each step found."""
     ops.set_backend("reference")
-    dictionary = dictionary_class(config.kind)(config, 4, d_out)
+    dictionary = dictionary_class(config.kind)(config, d_out if isinstance(d_out, tuple) else 4, d_out)
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(64, 4, generator=generator) + 1
-    target = None if d_out is None else torch.randn(64, d_out, generator=generator)
-    dictionary.initialise(first, target, generator, None)
+    target = None if d_out is None else torch.randn(64, width(d_out), generator=generator)
+    dictionary.initialise(first, target, generator, SimpleNamespace(mean=first.mean(dim=0).numpy()))
     dictionary.to(dtype)
     if dead:
         dictionary.rows_since_fired[::4] = 1000

@@ -12,7 +12,8 @@ import dictlearn
 from activation_store.errors import UserError
 from activation_store.store import open_store
 from dictlearn.dictionaries.configs import CrossLayerConfig, ICFLConfig, TopKConfig
-from dictlearn.metrics.command import EvaluateConfig, run_evaluate, write_evaluation
+from dictlearn.metrics.command import run_evaluate
+from dictlearn.metrics.record import EvaluateConfig, write_evaluation
 from dictlearn.training.command import check, run_train
 from dictlearn.training.configs import config_from_yaml
 from dictlearn.training.control import SideBySide
@@ -118,7 +119,8 @@ def test_bad_input_is_one_sentence_before_anything_is_made(stores, changes, sent
 
 
 def test_the_plan_of_a_cross_layer_transcoder_counts_its_decoders(stores):
-    run_train(replace(ACROSS_LAYERS, steps=1), stores)
+    short = replace(ACROSS_LAYERS, steps=1)
+    run_train(short, stores)
     dictionary = dictlearn.load(stores.run("layers").folder)
-    planned = check([ACROSS_LAYERS], stores).plan.parameters
+    planned = check([short], stores).plan.parameters
     assert planned == sum(parameter.numel() for parameter in dictionary.parameters())

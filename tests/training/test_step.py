@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -207,9 +208,16 @@ def test_running_out_of_memory_says_what_to_lower_and_by_how_much(workspace, mon
     ],
 )
 def test_the_advice_leaves_room(memory, there, sentence):
-    import re
-
     assert re.search(sentence, what_to_lower(memory, there, 4096))
+
+
+@pytest.mark.parametrize(("batch_size", "data_parts"), [(6100, 1), (6100, 4), (4096, 2), (61, 1)])
+def test_the_advice_can_be_followed(batch_size, data_parts):
+    said = what_to_lower(Memory(10**9, 10**6, batch_size), 2 * 10**9, batch_size, data_parts)
+    accumulate, rows = (
+        int(number.replace(",", "")) for number in re.findall(r"accumulate to ([\d,]+),.*parts of ([\d,]+)", said)[0]
+    )
+    assert batch_size == data_parts * accumulate * rows and 10**6 * rows <= 0.8 * 2 * 10**9 - 10**9
 
 
 def test_the_estimate_counts_weights_gradients_and_moments():
@@ -244,7 +252,7 @@ def test_a_kind_without_gradients_in_its_codes_takes_steps_like_any_other():
     control = type("Control", (), {"mean": rows().mean(dim=0).numpy(), "second_moment": None})()
     dictionary.initialise(rows(), None, torch.Generator().manual_seed(0), control)
     one = Member("icfl", dictionary, Optimiser(RATE, dictionary), torch.Generator().manual_seed(0))
-    losses = [float(take_step(one, rows(seed=i), None, i, 1000).loss.total) for i in range(100)]
+    losses = [take_step(one, rows(seed=i), None, i, 1000).loss.total.item() for i in range(100)]
     assert sum(losses[-10:]) < sum(losses[:10])
 
 

@@ -5,6 +5,9 @@ What is known about resuming is in test_resume.py, about one step in test_step.p
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import threading
 import time
 from dataclasses import replace
@@ -12,14 +15,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import dictlearn
 from activation_store.errors import UserError
 from activation_store.filters import RowFilter
 from activation_store.store import open_store
+from dictlearn import cli
 from dictlearn.dictionaries.configs import ICFLConfig, KSparseConfig, SemiNMFConfig, TopKConfig
-from dictlearn.training.command import check, never_dead, run_train
-from dictlearn.training.configs import config_from_yaml
+from dictlearn.dictionaries.files import load, save
+from dictlearn.dictionaries.semi_nmf import SemiNMF
+from dictlearn.dictionaries.topk import TopK
+from dictlearn.training.command import check, never_dead, run_train, train_group
+from dictlearn.training.configs import config_from_yaml, config_to_dict
+from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.together import Together
 from tests.training.planted import CODEBOOK, IN, KINDS, OUT, SAE, TRANSCODER, make_store, metrics, weights
 
@@ -150,6 +159,8 @@ def test_training_reads_no_held_out_row(workspace, monkeypatch):
         ({"steps": 0}, "steps is 0"),
         ({"log_every": 0}, "log_every is 0"),
         ({"name": "a b"}, "'a b' is no name"),
+        ({"optimiser": OptimiserConfig(gradient_clip=math.nan)}, "'sae': optimiser.gradient_clip is nan; it must be a"),
+        ({"dictionary": KSparseConfig(d_sae=8, k=2, alpha=math.inf)}, "'sae': dictionary.alpha is inf; it must be a"),
         ({"target_hook": OUT, "dictionary": ICFLConfig(rounds=2, width=2)}, "kind 'icfl' rebuilds its own input"),
         ({"target_hook": OUT, "dictionary": KSparseConfig(d_sae=8, k=2)}, "kind 'ksparse' rebuilds its own input"),
         ({"dictionary": SemiNMFConfig(d_sae=8, features="non_negative")}, "Non-negative features rebuild no negative"),
@@ -205,6 +216,20 @@ def test_a_control_store_of_another_model_is_refused(workspace):
         ),
         ("name: a\nstore: s\nhook: h\nsteps: many", "steps: .*integer.*'many'"),
         ("store: s\nhook: h", "name: Field required"),
+        (
+            "name: a\nstore: s\nhook: h\nrow_filter: {max_norm: 10}",
+            "row_filter.max_norm; did you mean row_filter.max_n",
+        ),
+        ("name: a\nstore: s\nhook: h\noptimiser: adam", "optimiser is 'adam'; it should be keys and values such as"),
+        ("name: a\nstore: s\nhook: h\nsteps: yes", "steps is true; it should be a number or a name"),
+        ("name: a\nstore: s\nhook: h\ndictionary: {k: on}", "dictionary.k is true; it should be a number or a name"),
+        ("name: a\nstore: s\nhook: h\nrow_filter: 3", "row_filter is 3; it should be keys and values such as"),
+        ("name: a\nstore: s\nhook: h\ndictionary: {kind: [topk]}", "dictionary.kind is .'topk'.; it should be"),
+        (
+            "name: a\nstore: s\nhook: h\noptimiser: {learning_rate: .nan}",
+            "optimiser.learning_rate is nan; it must be a",
+        ),
+        ("name: a\nstore: s\nhook: h\ndictionary: {auxk_weight: .inf}", "dictionary.auxk_weight is inf; it must be"),
     ],
 )
 def test_a_wrong_configuration_file_is_refused_by_the_key_that_is_wrong(tmp_path, text, sentence):
@@ -212,3 +237,82 @@ def test_a_wrong_configuration_file_is_refused_by_the_key_that_is_wrong(tmp_path
     path.write_text(text)
     with pytest.raises(UserError, match=sentence):
         config_from_yaml(path)
+
+
+def test_what_is_no_text_is_refused_as_a_configuration(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        config_from_yaml(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(b"name: \xff")
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        config_from_yaml(tmp_path / "config.yaml")
+
+
+def test_a_kind_that_begins_with_many_rows_is_given_them_and_its_neighbours_what_they_get_alone(workspace, monkeypatch):
+    monkeypatch.setattr("dictlearn.training.loop.INITIAL_ROWS", 300)
+    given = {}
+
+    def look(kind):
+        initialise = kind.initialise
+
+        def looking(self, x, *arguments):
+            given.setdefault(kind.kind, []).append(x)
+            return initialise(self, x, *arguments)
+
+        monkeypatch.setattr(kind, "initialise", looking)
+
+    look(TopK)
+    look(SemiNMF)
+    many = replace(SAE, name="snmf", steps=1, dictionary=SemiNMFConfig(d_sae=16, rows=1000, iterations=2, sweeps=2))
+    one = replace(SAE, steps=1)
+    train_group([one, many], workspace, workspace.sweep("both").checkpoints, "both")
+    run_train(replace(one, name="alone"), workspace)
+    assert len(given["snmf"][0]) == 1024
+    assert torch.equal(*given["topk"]) and len(given["topk"][0]) == 384
+
+
+def test_results_are_json_and_nothing_else_when_asked_for(workspace, tmp_path, capsys):
+    path = tmp_path / "sae.yaml"
+    path.write_text(yaml.safe_dump(config_to_dict(replace(SAE, steps=5))))
+    end = ["--json", "--workspace", str(workspace.root)]
+    cli.main(["train", str(path), *end])
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["run"] == "sae" and run["step"] == 5 and run["dictionary"] == str(workspace.run("sae").dictionary)
+    cli.main(["evaluate", "sae", "--tokens", "0", *end])
+    assert json.loads(capsys.readouterr().out)["reconstruction"]["rows"] == 300
+
+
+def test_a_dictionary_is_never_beside_the_description_of_another(workspace, tmp_path, monkeypatch):
+    """Killed between the two files it has none, and not that of before."""
+    run_train(replace(SAE, steps=1), workspace)
+    dictionary = load(workspace.run("sae").dictionary)
+    save(dictionary, tmp_path / "d")
+    rename = os.replace
+
+    def killed(source, target):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dictlearn.dictionaries.files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(dictionary, tmp_path / "d")
+    with pytest.raises(UserError, match="There is no dictionary in"):
+        load(tmp_path / "d")
+
+
+def test_a_dry_run_refuses_what_training_would(workspace, capsys):
+    run_train(replace(SAE, steps=1), workspace)
+    (workspace.root / "runs" / "file").touch()
+    with pytest.raises(UserError, match=r"exists with another configuration \(dictionary.k: 4, now 5, and 1 more\)"):
+        check([replace(SAE, dictionary=replace(SAE.dictionary, k=5), steps=2)], workspace)
+    with pytest.raises(UserError, match="is a file, where the run's folder would be; choose another name"):
+        check([replace(SAE, name="file")], workspace)
+    with pytest.raises(UserError, match="There is no device 'tpu3'"):
+        check([replace(SAE, name="new", device="tpu3")], workspace)
+
+
+def test_a_kind_beside_a_file_of_another_kind_is_refused(workspace, tmp_path, capsys):
+    path = tmp_path / "sae.yaml"
+    path.write_text(yaml.safe_dump(config_to_dict(SAE)))
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(path), "--kind", "icfl", "--workspace", str(workspace.root)])
+    assert "The file configures a dictionary of kind 'topk', and --kind asks for 'icfl'" in capsys.readouterr().err
