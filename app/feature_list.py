@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dictlearn.feature_index.read import FeatureIndex, FeatureTable, TokenStrip
+from dictlearn.feature_index.index import FeatureIndex
 from dictlearn.feature_index.selectivity import Selective
-from dictlearn.feature_index.strips import StripCutter
+from dictlearn.feature_index.strips import StripCutter, TokenStrip
+from dictlearn.feature_index.table import FeatureTable
 from dictlearn_app import links
 
 PAGE_SIZE = 100

@@ -19,9 +19,9 @@ from activation_store.store import Store, open_store
 from dictlearn.app_command import WORKSPACE_VARIABLE
 from dictlearn.circuits import graph as graphs
 from dictlearn.comparison import decoders
-from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe
-from dictlearn.feature_index import command, selectivity
-from dictlearn.feature_index.read import FeatureIndex, open_index
+from dictlearn.dictionaries import description
+from dictlearn.feature_index import selectivity
+from dictlearn.feature_index.index import FeatureIndex, open_index
 from dictlearn.workspace import Workspace
 from dictlearn_app import indexes
 from dictlearn_app.notes import Notes
@@ -107,7 +107,7 @@ def stale(opened: FeatureIndex) -> list[str]:
 def dictionary_fingerprint(run: str) -> str:
     """Raises UserError when there is no such run, or its dictionary is not there."""
     folder = workspace().existing_run(run).dictionary
-    return _fingerprint(folder, stamp(folder / WEIGHTS, folder / DESCRIPTION))
+    return _fingerprint(folder, stamp(folder / description.WEIGHTS, folder / description.DESCRIPTION))
 
 
 def decoders_agree(a: str, b: str) -> Agreement:
@@ -117,8 +117,8 @@ def decoders_agree(a: str, b: str) -> Agreement:
         UserError: no such run, it has no dictionary, decoder rows of two widths, or too many of them.
     """
     folders = [workspace().existing_run(name).dictionary for name in (a, b)]
-    signed = decoders.SIGNED_CODES.isdisjoint(describe(folder)["kind"] for folder in folders)
-    return _agreement(*folders, signed, stamp(*(folder / WEIGHTS for folder in folders)))
+    signed = decoders.SIGNED_CODES.isdisjoint(description.describe(folder)["kind"] for folder in folders)
+    return _agreement(*folders, signed, stamp(*(folder / description.WEIGHTS for folder in folders)))
 
 
 def notes() -> Notes:
@@ -157,7 +157,7 @@ def _recognisable(path: Path, stamped: tuple[int, ...]) -> dict[int, Selective]:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _fingerprint(folder: Path, stamped: tuple[int, ...]) -> str:
-    return command.dictionary_fingerprint(folder)
+    return description.dictionary_fingerprint(folder)
 
 
 @st.cache_resource(max_entries=32, show_spinner="matching decoder rows")

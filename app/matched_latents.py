@@ -9,7 +9,7 @@ import numpy as np
 from activation_store.errors import UserError
 from dictlearn.comparison.activations import SharedRows, shared_rows
 from dictlearn.comparison.decoders import Agreement, share
-from dictlearn.feature_index.read import FeatureIndex
+from dictlearn.feature_index.index import FeatureIndex
 from dictlearn_app.feature_list import pager
 from dictlearn_app.views.numbers import percent
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dictlearn.codes import Codes
     from dictlearn.dictionaries.base import Dictionary
     from dictlearn.loading import load
-    from dictlearn.metrics.command import evaluations
+    from dictlearn.metrics.record import evaluations
     from dictlearn.metrics.splicing import splice
     from dictlearn.workspace import Workspace
 
@@ -28,7 +28,7 @@ __getattr__, __dir__ = on_first_use(
         "codes": "Codes",
         "dictionaries.base": "Dictionary",
         "loading": "load",
-        "metrics.command": "evaluations",
+        "metrics.record": "evaluations",
         "metrics.splicing": "splice",
         "workspace": "Workspace",
     },

@@ -118,6 +118,8 @@ def find_app() -> Path:
 
 def _refuse_taken_port(config: AppConfig) -> None:
     """Streamlit would say so too, in a log line; here it is one sentence."""
+    if not 0 < config.port < 65536:
+        raise UserError(f"port is {config.port}; it must lie between 1 and 65535.")
     try:
         with socket.create_server((config.host, config.port), family=_family(config.host)):
             pass

@@ -20,7 +20,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes
 
 from activation_store.errors import UserError
-from activation_store.progress import NoProgress
+from activation_store.progress import NoProgress, Progress
 from dictlearn import reports, terminal
 from dictlearn.workspace import Workspace
 
@@ -35,14 +35,28 @@ class Call(Generic[Config]):
     """What this verb takes."""
     workspace: Path = Path("workspace")
     """Folder that holds stores, runs, indexes and graphs."""
-    json: bool = False
-    """Print the result as JSON."""
     debug: bool = False
     """Show the traceback of a refusal."""
 
 
 @dataclass(frozen=True)
-class LongCall(Call[Config]):
+class CallWithResult(Call[Config]):
+    """What a verb takes that ends with a result to print."""
+
+    json: bool = False
+    """Print the result as JSON, and nothing else."""
+
+    @property
+    def progress(self) -> Progress:
+        return NoProgress() if self.json else terminal.TerminalProgress()
+
+    def tell(self, sentence: str) -> None:
+        """What a person should know meanwhile."""
+        (terminal.print_error if self.json else terminal.print_line)(sentence)
+
+
+@dataclass(frozen=True)
+class LongCall(CallWithResult[Config]):
     """What a verb takes that may be long at work."""
 
     dry_run: bool = False
@@ -54,8 +68,15 @@ def parse(verb: str, config: Any, args: list[str], default: Any = None, about: s
     return _parse(LongCall, verb, config, args, default, about)
 
 
-def parse_short(verb: str, config: Any, args: list[str]) -> Call[Any]:
+def parse_short(verb: str, config: Any, args: list[str]) -> CallWithResult[Any]:
     """The command line of a verb that has no dry run."""
+    refuse_dry_run(args, verb)
+    return _parse(CallWithResult, verb, config, args)
+
+
+def parse_plain(verb: str, config: Any, args: list[str]) -> Call[Any]:
+    """The command line of a verb that has no dry run, and no result but what it shows."""
+    refuse_dry_run(args, verb)
     return _parse(Call, verb, config, args)
 
 
@@ -67,11 +88,10 @@ def _parse(call: Any, verb: str, config: Any, args: list[str], default: Any = No
     return tyro.cli(marked, prog=f"dictlearn {verb}", description=about, args=args, default=call(config=default))
 
 
-def refuse_dry_run(call: LongCall[Any], verb: str) -> LongCall[Any]:
-    """Better than to go on and do what the user asked not to be done."""
-    if call.dry_run:
+def refuse_dry_run(args: list[str], verb: str) -> None:
+    """In words of its own: whoever asks for one wants nothing to be done."""
+    if "--dry-run" in args:
         raise UserError(f"`dictlearn {verb}` has no dry run; harvest, train and index, the long steps, have one.")
-    return call
 
 
 def leads() -> bool:
@@ -79,7 +99,7 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(call: Call[Any], result: Any, show: Callable[[Any], None]) -> None:
+def say(call: CallWithResult[Any], result: Any, show: Callable[[Any], None]) -> None:
     """A dataclass as JSON, or drawn by ``show``."""
     if call.json:
         terminal.print_line(json.dumps(dataclasses.asdict(result), default=str))
@@ -100,13 +120,12 @@ def harvest(args: list[str]) -> None:
     if call.dry_run:
         say(call, describe(config), reports.plan)
         return
-    location = run(config, terminal.TerminalProgress())
-    if not leads():
-        return
-    from activation_store.store import open_store
+    location = run(config, call.progress)
+    if leads():
+        from activation_store.store import open_store
 
-    store = open_store(location)
-    terminal.print_line(f"{location}: {store.rows:,} rows of {', '.join(store.hooks)}.")
+        store = open_store(location)
+        say(call, reports.Harvested(str(location), store.rows, list(store.hooks)), reports.harvested)
 
 
 def train(args: list[str]) -> None:
@@ -121,6 +140,11 @@ def train(args: list[str]) -> None:
             return train_sweep(args[0], args[1:])
         default, args = config_from_yaml(args[0]), args[1:]
     kind, args = take_option(args, "--kind", default.dictionary.kind if default else "topk")
+    if default is not None and kind != default.dictionary.kind:
+        raise UserError(
+            f"The file configures a dictionary of kind {default.dictionary.kind!r}, and --kind asks for {kind!r}: "
+            "change dictionary in the file, whose settings are of its kind, or give everything by options."
+        )
     about = (
         "Fit one dictionary to a store's training documents, or many that read each batch once. Name a CONFIG.yaml "
         "first, options after it override; or give everything by options, beginning with --kind, one of "
@@ -134,10 +158,10 @@ def train(args: list[str]) -> None:
         say(call, plan, reports.plan)
         return
     if not plan.well_mixed and leads():
-        terminal.print_line(plan.mixing)
-    files = run_train(call.config, workspace, terminal.TerminalProgress(), terminal.print_line)
+        call.tell(plan.mixing)
+    files = run_train(call.config, workspace, call.progress, call.tell)
     if leads():
-        reports.trained([files])
+        say(call, reports.Trained.of([files]), reports.trained)
 
 
 def train_sweep(path: str, args: list[str]) -> None:
@@ -148,16 +172,17 @@ def train_sweep(path: str, args: list[str]) -> None:
     if call.dry_run:
         say(call, plan(sweep, workspace), reports.plan)
         return
-    run_sweep(sweep, workspace, terminal.TerminalProgress(), terminal.print_line)
+    run_sweep(sweep, workspace, call.progress, call.tell)
     if leads():
-        reports.trained([workspace.run(config.name) for config in sweep.configs])
+        say(call, reports.Trained.of([workspace.run(config.name) for config in sweep.configs]), reports.trained)
 
 
 def evaluate(args: list[str]) -> None:
-    from dictlearn.metrics.command import EvaluateConfig, run_evaluate
+    from dictlearn.metrics.command import run_evaluate
+    from dictlearn.metrics.record import EvaluateConfig
 
-    call = refuse_dry_run(parse("evaluate", EvaluateConfig, args), "evaluate")
-    evaluation = run_evaluate(call.config, Workspace(call.workspace), terminal.TerminalProgress())
+    call = parse_short("evaluate", EvaluateConfig, args)
+    evaluation = run_evaluate(call.config, Workspace(call.workspace), call.progress)
     say(call, evaluation, lambda result: reports.evaluations([result]))
 
 
@@ -172,8 +197,7 @@ def store(args: list[str]) -> None:
         raise UserError(f"There is no verb {name!r} of `dictlearn store`; there are {', '.join(store_commands.VERBS)}.")
     verb = store_commands.VERBS[name]
     call = parse_short(f"store {name}", verb.config, rest)
-    progress = NoProgress() if call.json else terminal.TerminalProgress()
-    say(call, verb.run(call.config, Workspace(call.workspace), progress), verb.show)
+    say(call, verb.run(call.config, Workspace(call.workspace), call.progress), verb.show)
 
 
 def index(args: list[str]) -> None:
@@ -183,14 +207,15 @@ def index(args: list[str]) -> None:
     if call.dry_run:
         say(call, dry_run(call.config, Workspace(call.workspace)), reports.plan)
         return
-    path = run_index(call.config, Workspace(call.workspace), terminal.TerminalProgress())
-    terminal.print_line(f"{path}: browse it with `dictlearn app`.")
+    path = run_index(call.config, Workspace(call.workspace), call.progress)
+    say(call, reports.Indexed(str(path)), reports.indexed)
 
 
 def show(args: list[str]) -> None:
-    from dictlearn.feature_index.read import feature_page, open_index
+    from dictlearn.feature_index.index import open_index
+    from dictlearn.feature_index.read import feature_page
 
-    call = parse("show", ShowConfig, args)
+    call = parse_short("show", ShowConfig, args)
     opened = open_index(Workspace(call.workspace).existing_index(call.config.index))
     say(call, feature_page(opened, call.config.latent), reports.feature)
 
@@ -199,8 +224,8 @@ def circuit(args: list[str]) -> None:
     from dictlearn.circuits import read, summary
     from dictlearn.circuits.command import CircuitConfig, run_circuit
 
-    call = refuse_dry_run(parse("circuit", CircuitConfig, args), "circuit")
-    path = run_circuit(call.config, Workspace(call.workspace), terminal.TerminalProgress())
+    call = parse_short("circuit", CircuitConfig, args)
+    path = run_circuit(call.config, Workspace(call.workspace), call.progress)
     say(call, summary(read(path)), reports.circuit)
     if not call.json:
         terminal.print_line(f"{path}: see it with `dictlearn app`.")
@@ -209,22 +234,21 @@ def circuit(args: list[str]) -> None:
 def steer(args: list[str]) -> None:
     from dictlearn.steering.command import SteerConfig, run_steer
 
-    call = refuse_dry_run(parse("steer", SteerConfig, args), "steer")
-    progress = NoProgress() if call.json else terminal.TerminalProgress()
-    say(call, run_steer(call.config, Workspace(call.workspace), progress), reports.steering)
+    call = parse_short("steer", SteerConfig, args)
+    say(call, run_steer(call.config, Workspace(call.workspace), call.progress), reports.steering)
 
 
 def app(args: list[str]) -> None:
     from dictlearn.app_command import AppConfig, run_app
 
-    call = parse("app", AppConfig, args)
+    call = parse_plain("app", AppConfig, args)
     run_app(call.config, Workspace(call.workspace))
 
 
 def demo(args: list[str]) -> None:
     from dictlearn.demo import DemoConfig, run_demo
 
-    call = refuse_dry_run(parse("demo", DemoConfig, args), "demo")
+    call = parse_plain("demo", DemoConfig, args)
     run_demo(call.config, Workspace(call.workspace), terminal.TerminalProgress())
 
 

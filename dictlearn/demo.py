@@ -16,7 +16,8 @@ from dictlearn.circuits import read, summary
 from dictlearn.circuits.command import CircuitConfig, run_circuit
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.feature_index.command import IndexConfig, run_index
-from dictlearn.metrics.command import EvaluateConfig, Evaluation, run_evaluate
+from dictlearn.metrics.command import run_evaluate
+from dictlearn.metrics.record import EvaluateConfig, Evaluation
 from dictlearn.training.command import run_train
 from dictlearn.training.configs import TrainConfig
 from dictlearn.training.optimiser_config import OptimiserConfig

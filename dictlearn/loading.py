@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from activation_store.errors import UserError
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.description import DESCRIPTION
 from dictlearn.dictionaries.files import load as load_folder
@@ -23,8 +22,5 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Dictionary:
     if (path / DESCRIPTION).exists():
         return load_folder(path, device)
     run = RunFiles(path)
-    if run.config.exists() and not run.dictionary.exists():
-        raise UserError(
-            f"The run {str(path)!r} has not finished training; run `dictlearn train` on it again to continue."
-        )
+    run.refuse_unfinished()
     return load_folder(run.dictionary if run.dictionary.exists() else path, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from activation_store.spec import NORM_OUTLIER_RATIO
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dictlearn.circuits.graph_summary import Summary
     from dictlearn.feature_index.read import FeaturePage
     from dictlearn.feature_index.strips import TokenStrip
-    from dictlearn.metrics.command import Evaluation
+    from dictlearn.metrics.record import Evaluation
     from dictlearn.steering.experiment import Steering
     from dictlearn.store_commands import FileWritten, Removal, Sample, StoreInfo, StoreMade, Verified
     from dictlearn.workspace import RunFiles
@@ -144,16 +145,51 @@ TRAINED = ("loss", "fvu", "l0", "dead_share")
 """The numbers of a run's last batch that are printed."""
 
 
-def trained(runs: Sequence[RunFiles]) -> None:
+@dataclass(frozen=True)
+class Harvested:
+    """A finished store."""
+
+    store: str
+    rows: int
+    hooks: list[str]
+
+
+def harvested(found: Harvested) -> None:
+    print_line(f"{found.store}: {found.rows:,} rows of {', '.join(found.hooks)}.")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A finished index."""
+
+    index: str
+
+
+def indexed(found: Indexed) -> None:
+    print_line(f"{found.index}: browse it with `dictlearn app`.")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Runs that have ended: of each its name, the folder of its dictionary, and the last line of its metrics."""
+
+    runs: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, runs: Sequence[RunFiles]) -> Trained:
+        return cls([{"run": run.name, "dictionary": str(run.dictionary), **run.last_metrics()} for run in runs])
+
+
+def trained(found: Trained) -> None:
     """One run in a line, several in a table."""
-    last = [run.last_metrics() for run in runs]
-    if len(runs) == 1:
-        numbers = ", ".join(f"{name} {last[0][name]:.4g}" for name in TRAINED if name in last[0])
-        print_line(f"{runs[0].dictionary}: step {last[0]['step']:,}, {numbers}.")
+    if len(found.runs) == 1:
+        (run,) = found.runs
+        numbers = ", ".join(f"{name} {run[name]:.4g}" for name in TRAINED if name in run)
+        print_line(f"{run['dictionary']}: step {run['step']:,}, {numbers}.")
         return
     rows = [
-        [run.name, f"{line['step']:,}{', stopped' * ('stopped' in line)}", *(line.get(name, "") for name in TRAINED)]
-        for run, line in zip(runs, last, strict=True)
+        [run["run"], f"{run['step']:,}{', stopped' * ('stopped' in run)}", *(run.get(name, "") for name in TRAINED)]
+        for run in found.runs
     ]
     print_table("Runs of the sweep, at the last batch", ["run", "step", *TRAINED], rows)
 

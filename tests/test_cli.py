@@ -70,6 +70,8 @@ MISTAKES = {
     "circuit of nothing": (["circuit", "--prompt", "a", "--transcoder", "nope"], "There is no run 'nope'"),
     "steering of nothing": (["steer", "nope", "1", "--prompt", "a"], "There is no run 'nope'"),
     "dry run of what has none": (["evaluate", "nope", "--dry-run"], "`dictlearn evaluate` has no dry run"),
+    "dry run of the app": (["app", "--dry-run"], "`dictlearn app` has no dry run"),
+    "dry run of a page": (["show", "nope", "1", "--dry-run"], "`dictlearn show` has no dry run"),
     "app without workspace": (["app"], "There is no workspace"),
 }
 
@@ -97,6 +99,13 @@ def test_debug_shows_where_a_refusal_was_raised(tmp_path):
     assert "Traceback" in result.stderr and "There is no run 'nope'" in result.stderr
 
 
+@pytest.mark.parametrize("verb", ["demo", "harvest", "train", "evaluate", "index", "show", "circuit", "steer", "app"])
+def test_a_verb_offers_only_what_it_does(verb, tmp_path):
+    _, out, *_ = dictlearn(verb, "--help", cwd=tmp_path)
+    assert ("--dry-run" in out) is (verb in ("harvest", "train", "index"))
+    assert ("--json" in out) is (verb not in ("demo", "app"))
+
+
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"]])
 def test_help_and_version_answer_without_torch(args, tmp_path):
     code, out, complaint, heavy, _ = dictlearn(*args, cwd=tmp_path)
@@ -120,7 +129,7 @@ def test_the_dry_run_of_a_harvest_says_rows_and_bytes_and_makes_nothing(tmp_path
     args = ["--hooks", "blocks.1.hook_resid_post", "--store", "s", "--corpus", str(corpus), "--tokens", "100", "--json"]
     code, out, complaint, heavy, _ = dictlearn("harvest", *args, "--dry-run", cwd=tmp_path)
     assert code == 0, complaint
-    plan = json.loads(out[out.index("{") :])
+    plan = json.loads(out)
     assert plan["rows"] == 100 and plan["bytes_on_disk"] >= 100 * 256 * 2
     assert heavy == []
     assert not (tmp_path / "workspace").exists()

@@ -10,6 +10,7 @@ from activation_store.errors import UserError
 from dictlearn.circuits.graph import AttributionGraph, Node
 from dictlearn.feature_index.read import feature_page
 from dictlearn_app import indexes, links, loading, router
+from dictlearn_app.contents import in_workspace
 from dictlearn_app.feature_scales import strip_scale
 from dictlearn_app.screens.feature import example
 from dictlearn_app.token_text import visible
@@ -74,7 +75,7 @@ def about(graph: AttributionGraph, name: str) -> list[Block]:
 
 def layer_indexes(graph: AttributionGraph) -> tuple[dict[int, LayerIndex], list[Block]]:
     """The feature index of each layer's transcoder, and a sentence for each that has none."""
-    by_run = indexes.by_run(loading.workspace())
+    by_run, suffix = indexes.by_run(loading.workspace()), in_workspace(loading.workspace())
     found: dict[int, LayerIndex] = {}
     lacking: list[Block] = []
     for transcoder in graph.transcoders:
@@ -83,11 +84,21 @@ def layer_indexes(graph: AttributionGraph) -> tuple[dict[int, LayerIndex], list[
             if not by_run.get(run):
                 raise UserError(
                     f"The run {run!r} has no feature index, so the features of layer {layer} have no pages; "
-                    f"make one with `dictlearn index {run}`."
+                    f"make one with `dictlearn index {run}{suffix}`."
                 )
-            name = by_run[run][0]
-            table = loading.index(name).table()
-            found[layer] = LayerIndex(name, dict(enumerate(table.top_token.tolist())))
+            traced = transcoder.get("dictionary_fingerprint")  # graphs of before do not say
+            opened = {name: loading.index(name) for name in by_run[run]}
+            alike = [
+                name
+                for name, index in opened.items()
+                if traced in (None, index.manifest.made_from.dictionary_fingerprint)
+            ]
+            if not alike:
+                raise UserError(
+                    f"The run {run!r} has been trained again since this graph was traced, so the features of layer "
+                    f"{layer} have no pages; trace it again with `dictlearn circuit`."
+                )
+            found[layer] = LayerIndex(alike[0], dict(enumerate(opened[alike[0]].table().top_token.tolist())))
         except UserError as error:
             lacking.append(problem(str(error)))
     return found, lacking

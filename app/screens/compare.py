@@ -10,7 +10,7 @@ import streamlit as st
 
 from activation_store.errors import UserError
 from dictlearn.comparison.decoders import SIGNED_CODES, Agreement
-from dictlearn.feature_index.read import FeatureIndex
+from dictlearn.feature_index.index import FeatureIndex
 from dictlearn_app import indexes, links, loading, router
 from dictlearn_app.contents import in_workspace
 from dictlearn_app.matched_latents import SHOWN, Listed, Sides, chance_table, histogram_of, listed

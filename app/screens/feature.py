@@ -10,7 +10,9 @@ import streamlit as st
 
 from activation_store.errors import UserError
 from dictlearn import hook_names
-from dictlearn.feature_index.read import Band, FeatureIndex, FeaturePage, TokenStrip, feature_page
+from dictlearn.feature_index.index import FeatureIndex
+from dictlearn.feature_index.read import FeaturePage, feature_page
+from dictlearn.feature_index.strips import Band, TokenStrip
 from dictlearn_app import links, loading, router
 from dictlearn_app.feature_list import first_latent
 from dictlearn_app.feature_scales import logit_scale, strip_scale

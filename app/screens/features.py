@@ -10,7 +10,8 @@ import streamlit as st
 
 from activation_store.errors import UserError
 from dictlearn import hook_names
-from dictlearn.feature_index.read import FeatureIndex, TokenStrip
+from dictlearn.feature_index.index import FeatureIndex
+from dictlearn.feature_index.strips import TokenStrip
 from dictlearn_app import links, loading, router
 from dictlearn_app.feature_list import (
     MOST_ACTIVATIONS,

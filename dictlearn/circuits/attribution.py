@@ -368,7 +368,7 @@ def _number(dtype: np.dtype) -> Callable[[Any], float]:
 def _record(layer: int, transcoder: Dictionary) -> dict[str, Any]:
     provenance = transcoder.provenance
     record = {"layer": layer, "kind": type(transcoder).__name__, "d_sae": transcoder.d_sae}
-    for name in ("run", "hook_in", "hook_out", "store"):
+    for name in ("run", "dictionary_fingerprint", "hook_in", "hook_out", "store"):
         if name in provenance:
             record[name] = provenance[name]
     return record

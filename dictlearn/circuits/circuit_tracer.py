@@ -22,7 +22,6 @@ from dictlearn.circuits.graph import AttributionGraph, Node
 def export(graph: AttributionGraph, path: str | Path, slug: str | None = None) -> Path:
     """Write ``graph`` for circuit-tracer's viewer; ``slug`` names it there (the file's name when not given)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(as_circuit_tracer(graph, slug or path.stem), ensure_ascii=False, allow_nan=False)
     temporary.write_text(text, encoding="utf-8")

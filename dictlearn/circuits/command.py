@@ -13,7 +13,7 @@ from activation_store.errors import UserError
 from activation_store.harvest.language_model import ModelSpec, load_tokenizer, resolve_model
 from activation_store.progress import NoProgress, Progress
 from dictlearn.circuits.hooks import layer_of
-from dictlearn.dictionaries.description import describe
+from dictlearn.dictionaries.description import describe, dictionary_fingerprint
 from dictlearn.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def check(config: CircuitConfig, workspace: Workspace) -> CircuitPlan:
         if not 0 < getattr(config, name) <= 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be above 0 and at most 1.")
     workspace.graph(config.name)  # refuses what is no name
+    if config.export is not None and (Path(config.export).is_dir() or not Path(config.export).parent.is_dir()):
+        raise UserError(f"export is {str(config.export)!r}; it should be a file in a folder that is there.")
     spec = resolve_model(config.model)
     runs, folders, bos_left_out = _transcoders(config.transcoders, spec, workspace)
     tokenizer = load_tokenizer(spec)
@@ -122,7 +124,10 @@ def run_circuit(config: CircuitConfig, workspace: Workspace, progress: Progress 
     transcoders = {}
     for layer, folder in plan.folders.items():
         transcoders[layer] = load(folder)
-        transcoders[layer].provenance = transcoders[layer].provenance | {"run": plan.runs[layer]}
+        transcoders[layer].provenance = transcoders[layer].provenance | {
+            "run": plan.runs[layer],
+            "dictionary_fingerprint": dictionary_fingerprint(folder),
+        }
     graph = attribute(
         load_language_model(plan.spec),
         transcoders,
@@ -140,9 +145,10 @@ def run_circuit(config: CircuitConfig, workspace: Workspace, progress: Progress 
         seed=config.seed,
         progress=progress or NoProgress(),
     )
+    path = write(graph, workspace.graph(config.name))
     if config.export is not None:
         export(graph, config.export)
-    return write(graph, workspace.graph(config.name))
+    return path
 
 
 def text_of(tokenizer: Tokenizer) -> Callable[[int], str]:
@@ -166,11 +172,8 @@ def _transcoders(
     bos_left_out = False
     for name in names:
         files = workspace.existing_run(name)
+        files.refuse_unfinished()
         folder = files.dictionary if files.dictionary.exists() else files.folder
-        if files.config.exists() and not files.dictionary.exists():
-            raise UserError(
-                f"The run {name!r} has not finished training; run `dictlearn train` on it again to continue."
-            )
         made_from: dict[str, Any] = describe(folder).get("provenance") or {}
         if not {"hook_in", "hook_out", "model"} <= made_from.keys():
             raise UserError(
@@ -178,7 +181,8 @@ def _transcoders(
                 "for an MLP; name a run that dictlearn trained."
             )
         layer = layer_of(made_from["hook_in"], made_from["hook_out"], name)
-        if made_from["model"]["fingerprint"] != spec.fingerprint:
+        known = "fingerprint" if made_from["model"]["fingerprint"] else "name"  # an import may know the name alone
+        if made_from["model"][known] != getattr(spec, known):
             raise UserError(
                 f"The transcoder {name!r} was trained on the model {made_from['model']['name']!r}, not on "
                 f"{spec.name!r}; name that model with --model, or another run."

@@ -134,7 +134,7 @@ class AttributionGraph:
         prompt: the text, when there was one.
         tokens, token_ids: the prompt's tokens, BOS included.
         model: name, fingerprint, layers, heads, vocabulary size.
-        transcoders: per replaced layer: layer, run, hook_in, hook_out, kind, d_sae, store.
+        transcoders: per replaced layer: layer, run, dictionary_fingerprint, hook_in, hook_out, kind, d_sae, store.
         settings: what `attribute` was asked for.
         nodes: features, errors, embeddings, then logits by falling probability; pruned ones too.
         edges: between kept nodes.

@@ -88,7 +88,7 @@ class HeadEffects:
 
 @torch.no_grad()
 def head_effects(model: TransformerBridge, pairs: TokenPairs, progress: Progress | None = None) -> HeadEffects:
-    """Run the positives once for each head and way of intervening: 2 H + 4 forward passes over all prompts."""
+    """Run the positives once for each head and way of intervening: 2 H + 5 forward passes over all prompts."""
     layers, heads = model.cfg.n_layers, heads_per_layer(model)
     mean_LHE = _mean_z(model, pairs)
     names = z_hooks(model)

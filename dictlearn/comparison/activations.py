@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from activation_store.errors import UserError
-from dictlearn.feature_index.read import FeatureIndex
+from dictlearn.feature_index.index import FeatureIndex
 
 
 @dataclass(frozen=True)

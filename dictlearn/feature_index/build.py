@@ -20,7 +20,6 @@ from activation_store.progress import Progress
 from activation_store.spec import checksum
 from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import load
-from dictlearn.feature_index.command import IndexWork, building_folder
 from dictlearn.feature_index.decoder import (
     evened,
     load_unembedding,
@@ -45,6 +44,7 @@ from dictlearn.feature_index.spec import (
 from dictlearn.feature_index.staging import Staging
 from dictlearn.feature_index.token_text import known_tokens, token_bytes
 from dictlearn.feature_index.transpose import Texts, count_by_latent, histogram_edges, plan_ranges, transpose
+from dictlearn.feature_index.work import IndexWork, building_folder
 
 TEXT_ROWS = 1 << 20
 """Rows of text copied at a time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ import tyro
 from activation_store.errors import UserError
 from activation_store.foreign import has_tokens
 from activation_store.progress import NoProgress, Progress
-from dictlearn.dictionaries.description import DESCRIPTION, WEIGHTS, describe, hooks_of
+from dictlearn.dictionaries.description import describe, dictionary_fingerprint, hooks_of
 from dictlearn.feature_index.spec import IndexManifest, MadeFrom
-from dictlearn.workspace import RunFiles, Workspace
+from dictlearn.feature_index.work import IndexPlan, IndexWork, building_folder
+from dictlearn.workspace import Workspace
 
 if TYPE_CHECKING:
-    from activation_store.harvest.language_model import ModelSpec
     from activation_store.store import Store
 
 LEAST_MEMORY_MB = 128
@@ -48,35 +47,6 @@ class IndexConfig:
     """Device to encode on."""
 
 
-@dataclass(frozen=True)
-class IndexPlan:
-    """What `dictlearn index --dry-run` prints; the last four as ``rows_sampled`` rows of the store let expect them."""
-
-    index: str
-    rows: int
-    d_sae: int
-    rows_sampled: int
-    active_per_row: float
-    activations: int
-    bytes_on_disk: int
-    bytes_while_building: int
-
-
-@dataclass(frozen=True)
-class IndexWork:
-    """Everything that was checked, handed on to `dictlearn.feature_index.build`."""
-
-    path: Path
-    made_from: MadeFrom
-    files: RunFiles
-    store: Store
-    hooks_in: tuple[str, ...]
-    hooks_out: tuple[str, ...]
-    model: ModelSpec
-    memory_mb: int
-    device: str
-
-
 def dry_run(config: IndexConfig, workspace: Workspace) -> IndexPlan:
     """What an index would be, and take; some rows are encoded to know.
 
@@ -100,14 +70,11 @@ def check(config: IndexConfig, workspace: Workspace) -> IndexWork:
         UserError: no such run or store, an unfinished run or store, a store of another model or without the hook, a
             model that is gone or has changed, an index of that name made from something else.
     """
-    from activation_store.harvest.language_model import resolve_model
+    from activation_store.harvest.language_model import model_of
 
     _check_numbers(config)
     files = workspace.existing_run(config.run)
-    if not files.dictionary.exists():
-        raise UserError(
-            f"The run {config.run!r} has not finished training; run `dictlearn train` on it again to continue."
-        )
+    files.refuse_unfinished()
     description = describe(files.dictionary)
     trained_on = description["provenance"]
     store_name, aligned = config.store or trained_on["store"]["name"], trained_on.get("aligned_stores", [])
@@ -123,13 +90,7 @@ def check(config: IndexConfig, workspace: Workspace) -> IndexWork:
         raise UserError(
             f"The store {store.name!r} has {rows:,} rows; an index holds at most {MOST_ROWS:,}, so set rows."
         )
-    model = resolve_model(trained_on["model"]["name"])
-    # An imported store may know its model by name alone.
-    if trained_on["model"]["fingerprint"] not in (None, model.fingerprint):
-        raise UserError(
-            f"The model {model.name!r} has changed since the store {store.name!r} was harvested from it (its "
-            "config or weights have another fingerprint); restore it, or harvest and train again."
-        )
+    model = model_of(trained_on["model"], f"the store {store.name!r} was harvested from it")
     made_from = MadeFrom(
         run=files.name,
         kind=description["kind"],
@@ -205,22 +166,6 @@ def _short(value: object) -> str:
     return value[:19] if isinstance(value, str) else f"{value}"
 
 
-def dictionary_fingerprint(folder: Path) -> str:
-    """Hash of a saved dictionary: its description and its weights."""
-    digest = hashlib.sha256()
-    for name in (DESCRIPTION, WEIGHTS):
-        digest.update(name.encode())
-        try:
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(
-                f"The dictionary in {str(folder)!r} is damaged ({name}: {error.strerror}); restore it or train again."
-            ) from None
-    return "sha256:" + digest.hexdigest()
-
-
 def _check_numbers(config: IndexConfig) -> None:
     if config.rows is not None and config.rows < 1:
         raise UserError(f"rows is {config.rows}; it must be at least 1.")
@@ -261,8 +206,3 @@ def _check_store(store: Store, run: str, hooks: tuple[str, ...], widths: list[in
                 f"The store {each.name!r} has {each.rows:,} of {each.manifest.rows_planned:,} rows; run its "
                 "`dictlearn harvest` again to finish it, then index it."
             )
-
-
-def building_folder(path: Path) -> Path:
-    """Where an index lies while it is being built."""
-    return path.with_name(path.name + ".building")

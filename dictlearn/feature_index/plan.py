@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from activation_store.errors import UserError
-from dictlearn.feature_index.command import IndexPlan, IndexWork, building_folder
 from dictlearn.feature_index.encode import batch_rows, encode_rows
 from dictlearn.feature_index.spec import ARRAYS, HISTOGRAM_BINS, LISTED, QUANTILE_LEVELS
+from dictlearn.feature_index.work import IndexPlan, IndexWork, building_folder
 
 if TYPE_CHECKING:
     from dictlearn.dictionaries.base import Dictionary

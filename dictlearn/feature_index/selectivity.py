@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dictlearn.feature_index.read import FeatureIndex
+from dictlearn.feature_index.index import FeatureIndex
 
 OFFSETS = (0, -1, -2)
 

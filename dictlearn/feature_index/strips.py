@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dictlearn.feature_index.index import FeatureIndex
 from dictlearn.feature_index.ranking import largest
-
-if TYPE_CHECKING:
-    from dictlearn.feature_index.read import FeatureIndex
 
 BEFORE, AFTER = 24, 10
 """Tokens of a strip before and after its peak: what a reader takes in at a glance on one line or two."""

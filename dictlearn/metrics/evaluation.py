@@ -15,11 +15,11 @@ from torch import Tensor
 from activation_store.progress import Progress
 from activation_store.store import Store
 from dictlearn.dictionaries.base import Dictionary
-from dictlearn.dictionaries.description import hooks_of
+from dictlearn.dictionaries.description import dictionary_fingerprint, hooks_of
 from dictlearn.dictionaries.files import load
-from dictlearn.metrics.command import EvaluateConfig, Evaluation, asked, fingerprint
 from dictlearn.metrics.downstream import Downstream, measure_downstream, measure_each_downstream
 from dictlearn.metrics.reconstruction import measure_reconstruction
+from dictlearn.metrics.record import EvaluateConfig, Evaluation, asked, fingerprint
 from dictlearn.workspace import RunFiles
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def evaluate(config: EvaluateConfig, files: RunFiles, store: Store, progress: Pr
         run=files.name,
         store=store.name,
         store_fingerprint=fingerprint(store),
+        dictionary_fingerprint=dictionary_fingerprint(files.dictionary),
         asked=asked(config),
         hook_in=dictionary.provenance["hook_in"],
         hook_out=dictionary.provenance["hook_out"],

@@ -261,8 +261,8 @@ class _Moments:
 
 def _untrained(dictionary: Dictionary, x: Tensor, target: Tensor | None, seed: int, draw: int) -> Dictionary:
     """As training would begin it from these rows."""
-    d_out = None if dictionary.autoencoder else dictionary.d_out
-    untrained = type(dictionary)(dictionary.config, dictionary.d_in, d_out).to(dictionary.W_dec)
+    output_parts = None if dictionary.autoencoder else dictionary.output_parts
+    untrained = type(dictionary)(dictionary.config, dictionary.input_parts, output_parts).to(dictionary.W_dec)
     rows_BD = x.double().cpu().numpy()
     generator = torch.Generator().manual_seed(derive_seed(seed, "recovery floor: untrained", draw) >> 1)
     untrained.initialise(x, target, generator, _Moments(rows_BD.mean(axis=0), rows_BD.T @ rows_BD / len(rows_BD)))

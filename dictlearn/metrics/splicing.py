@@ -5,7 +5,8 @@
 
 An autoencoder replaces a hook's activation by its reconstruction of it. A transcoder replaces its output hook by what
 it predicts from its input hook, wherever that is. A cross-layer transcoder replaces all its output hooks, each by what
-it predicts from the inputs up to that layer. Leaving the block removes every hook, also after an exception.
+it predicts from the inputs up to that layer. A hook that one dictionary reads and another replaces is read as replaced,
+as the rest of the model reads it. Leaving the block removes every hook, also after an exception.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def splice(
             need later inputs.
     """
     hooks: list[tuple[str, Callable]] = []
+    read_elsewhere: list[tuple[str, Callable]] = []
     seen: dict[str, Tensor] = {}
     for replaced, replacement in dictionaries.items():
         targets = (replaced,) if isinstance(replaced, str) else replaced
@@ -63,12 +65,13 @@ def splice(
             computed: list[Callable[[Sequence[Tensor]], Tensor]] = [partial(_of_one, replacement)]
         else:
             computed = [partial(_of_several(replacement, sources, targets), part=part) for part in range(len(targets))]
-        hooks += [(source, _remember(seen, source)) for source in sources]
+        for source in sources:
+            (hooks if source in targets else read_elsewhere).append((source, _remember(seen, source)))
         hooks += [
-            (target, _replace(seen, sources[: part + 1], compute, skips))
+            (target, _replace(target, seen, sources[: part + 1], compute, skips))
             for part, (target, compute) in enumerate(zip(targets, computed, strict=True))
         ]
-    with model.hooks(fwd_hooks=hooks):
+    with model.hooks(fwd_hooks=hooks + read_elsewhere):
         yield model
 
 
@@ -116,9 +119,19 @@ def _remember(seen: dict[str, Tensor], name: str) -> Callable:
 
 
 def _replace(
-    seen: dict[str, Tensor], sources: Sequence[str], compute: Callable[[Sequence[Tensor]], Tensor], skips_first: bool
+    target: str,
+    seen: dict[str, Tensor],
+    sources: Sequence[str],
+    compute: Callable[[Sequence[Tensor]], Tensor],
+    skips_first: bool,
 ) -> Callable:
     def hook_function(activation: Tensor, hook: Any) -> Tensor:
+        for source in sources:
+            if source not in seen:
+                raise UserError(
+                    f"What is to stand at {target!r} is computed from {source!r}, which the model has only later; "
+                    "replace a hook that comes after it."
+                )
         # heads, when there are any, are one vector to a dictionary
         inputs = [seen[source].flatten(0, 1).flatten(1).to(torch.float32) for source in sources]
         with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from activation_store.errors import UserError
-from activation_store.harvest.language_model import ModelSpec, load_tokenizer, resolve_model
+from activation_store.harvest.language_model import ModelSpec, load_tokenizer, model_of, resolve_model
 from activation_store.progress import NoProgress, Progress
 from dictlearn.dictionaries.description import describe, hooks_of
 from dictlearn.hook_names import check_editable
@@ -186,9 +186,8 @@ def _of_run(config: SteerConfig, workspace: Workspace) -> tuple[ModelSpec, str, 
     if config.model is not None:
         raise UserError(f"The run {run!r} knows its own model; leave --model out.")
     files = workspace.existing_run(run)
+    files.refuse_unfinished()
     folder = files.dictionary if files.dictionary.exists() else files.folder
-    if files.config.exists() and not files.dictionary.exists():
-        raise UserError(f"The run {run!r} has not finished training; run `dictlearn train` on it again to continue.")
     description = describe(folder)
     made_from: dict[str, Any] = description.get("provenance") or {}
     if not {"hook_in", "hook_out", "model"} <= made_from.keys():
@@ -204,12 +203,7 @@ def _of_run(config: SteerConfig, workspace: Workspace) -> tuple[ModelSpec, str, 
         Path(other["name"]).name.removesuffix(".zarr"): other["model"] for other in made_from.get("aligned_stores", [])
     }
     trained_on = of_store[store] if store else made_from["model"]
-    spec = resolve_model(trained_on["name"])
-    if trained_on["fingerprint"] not in (None, spec.fingerprint):
-        raise UserError(
-            f"The model {spec.name!r} has changed since {run!r} was trained on it (its config or weights have another "
-            "fingerprint); restore it, or harvest and train again."
-        )
+    spec = model_of(trained_on, f"{run!r} was trained on it")
     return spec, hook, {"folder": folder, "written_hook": written_hook}
 
 

@@ -14,7 +14,8 @@ import argparse
 from pathlib import Path
 
 from activation_store.seeds import numpy_stream
-from dictlearn.feature_index.read import FeatureIndex, feature_page, open_index
+from dictlearn.feature_index.index import FeatureIndex, open_index
+from dictlearn.feature_index.read import feature_page
 from dictlearn.feature_index.selectivity import recognisable
 from dictlearn.reports import in_brackets
 

@@ -45,7 +45,7 @@ from dictlearn.dictionaries.configs import (
     VariationalConfig,
 )
 from dictlearn.feature_index.command import IndexConfig, run_index
-from dictlearn.feature_index.read import open_index
+from dictlearn.feature_index.index import open_index
 from dictlearn.feature_index.selectivity import Selective, recognisable
 from dictlearn.metrics.reconstruction import measure_reconstruction
 from dictlearn.workspace import Workspace

@@ -34,6 +34,12 @@ def test_a_taken_port_is_refused_by_number(tmp_path: Path) -> None:
             run_app(AppConfig(port=port), Workspace(tmp_path))
 
 
+@pytest.mark.parametrize("port", [-1, 0, 70_000])
+def test_what_is_no_port_is_refused(tmp_path: Path, port: int) -> None:
+    with pytest.raises(UserError, match=f"port is {port}; it must lie between 1 and 65535"):
+        run_app(AppConfig(port=port), Workspace(tmp_path))
+
+
 def test_without_streamlit_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dictlearn-lab\[app\]'"):

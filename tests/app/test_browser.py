@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from dictlearn.feature_index.read import feature_page, open_index
+from dictlearn.feature_index.index import open_index
+from dictlearn.feature_index.read import feature_page
 from dictlearn.feature_index.token_text import shown
-from dictlearn.training.records import open_record
+from dictlearn.training.records import open_record, training
 from dictlearn.workspace import Workspace
 from tests.app.conftest import serving
 from tests.app.tiny_workspace import HOSTILE, HOSTILE_DOCUMENT
@@ -417,7 +418,7 @@ def test_curves_grow_while_a_run_trains_and_a_deep_link_is_first(tab: Any, own: 
         state = tab.get_by_role("row", name=re.compile("^training topk"))
         expect(state).to_contain_text("interrupted, at step 170 of 400")
         tab.locator(".target").first.hover()
-        with open_record(files, 170, tensorboard=False, wandb=None, config={}) as record:
+        with training(files), open_record(files, 170, tensorboard=False, wandb=None, config={}) as record:
             record.write(line)
             expect(state).to_contain_text("training, at step 180 of 400")
             expect(tab.locator(".legend .state")).to_have_text("training")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dictlearn.feature_index.read import FeatureIndex, open_index
+from dictlearn.feature_index.index import FeatureIndex, open_index
 from dictlearn.feature_index.selectivity import recognisable
 from dictlearn_app import links
 from dictlearn_app.feature_list import (

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from activation_store.store import open_store
-from dictlearn.training.records import open_record
+from dictlearn.feature_index.spec import IndexManifest
+from dictlearn.training.records import training
 from dictlearn.workspace import Workspace
 from tests.app.conftest import Screen
 from tests.app.tiny_workspace import HOOKS, HOSTILE, HOSTILE_DOCUMENT
@@ -149,7 +150,7 @@ def test_a_run_that_is_training_says_where_it_is(screen: Open, own: Path) -> Non
     runs = screen("runs", workspace=own)
     cells = {row["cells"][0]["text"]: row["cells"][5] for row in runs.blocks("table")[0]["rows"]}
     assert cells["training"] == "interrupted, at step 170 of 400"
-    with open_record(Workspace(own).run("training"), 170, tensorboard=False, wandb=None, config={}):
+    with training(Workspace(own).run("training")):
         runs.run()
         cells = {row["cells"][0]["text"]: row["cells"][5] for row in runs.blocks("table")[0]["rows"]}
         assert cells["training"]["text"] == "training, at step 170 of 400"
@@ -203,7 +204,8 @@ def test_a_feature_page_shows_its_numbers_and_examples(screen: Open) -> None:
 
 def test_the_neurons_of_a_latent_are_listed_where_there_are_any(tiny: Path) -> None:
     """Of mlp.hook_post, which the tiny store has not."""
-    from dictlearn.feature_index.read import Neuron, feature_page, open_index
+    from dictlearn.feature_index.index import open_index
+    from dictlearn.feature_index.read import Neuron, feature_page
     from dictlearn_app.links import FeatureLink
     from dictlearn_app.screens import feature
 
@@ -421,9 +423,23 @@ def test_a_graph_without_an_index_names_the_command(screen: Open, own: Path) -> 
     circuit = screen("circuit", workspace=own)
     assert circuit.notices == [
         "The run 'transcoder-2' has no feature index, so the features of layer 2 have no pages; "
-        "make one with `dictlearn index transcoder-2`."
+        f"make one with `dictlearn index transcoder-2 --workspace {own}`."
     ]
     assert circuit.payloads["circuit.graph"]["nodes"]
+
+
+def test_a_graph_of_another_dictionary_than_the_indexed_one_has_no_pages(screen: Open, own: Path) -> None:
+    file = own / "graphs" / "import-sys.json"
+    graph = json.loads(file.read_text())
+    layers = [record["layer"] for record in graph["transcoders"]]
+    for record in graph["transcoders"]:
+        made = IndexManifest.read(own / "indexes" / f"{record['run']}.zarr").made_from
+        same = record["layer"] != layers[-1]
+        record["dictionary_fingerprint"] = made.dictionary_fingerprint if same else "sha256:before"
+    file.write_text(json.dumps(graph))
+    circuit = screen("circuit", workspace=own)
+    (notice,) = circuit.notices
+    assert "has been trained again since this graph was traced" in notice and f"of layer {layers[-1]} have no" in notice
 
 
 def test_a_model_that_is_gone_costs_the_text_of_a_store_alone(screen: Open, own: Path, monkeypatch) -> None:

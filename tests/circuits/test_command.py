@@ -15,6 +15,7 @@ from activation_store.errors import UserError
 from activation_store.harvest.language_model import resolve_model
 from dictlearn.circuits import read, summary
 from dictlearn.circuits.command import CircuitConfig, check, run_circuit
+from dictlearn.dictionaries.description import dictionary_fingerprint
 from dictlearn.dictionaries.files import save
 from dictlearn.workspace import Workspace
 
@@ -69,6 +70,9 @@ def test_a_run_leaves_a_graph_that_adds_up(model_folder, workspace) -> None:
     assert graph.prompt == TEXT
     assert graph.tokens[0] == "<bos>"
     assert [record["run"] for record in graph.transcoders] == ["tc0", "tc2"]
+    folders = [workspace.run(name).dictionary for name in ("tc0", "tc2")]
+    expected = list(map(dictionary_fingerprint, folders))
+    assert [record["dictionary_fingerprint"] for record in graph.transcoders] == expected
     assert graph.model["fingerprint"] == resolve_model(str(model_folder)).fingerprint
     assert graph.settings["dropped_positions"] == [0]
     assert summary(graph).scores == graph.scores
@@ -79,6 +83,8 @@ def test_a_run_leaves_a_graph_that_adds_up(model_folder, workspace) -> None:
 REFUSALS = {
     "an empty prompt": (dict(prompt=""), "The prompt is empty"),
     "a prompt longer than the context": (dict(prompt="w5 " * 16), "has 17 tokens with BOS, but .* reads 16 at most"),
+    "an export that is a folder": (dict(export=ROOT), "it should be a file in a folder that is there"),
+    "an export into nowhere": (dict(export=ROOT / "nowhere" / "a.json"), "it should be a file in a folder that is"),
     "no transcoder": (dict(transcoders=()), "No transcoder was named"),
     "an unknown run": (dict(transcoders=("tc1",)), "There is no run 'tc1'.*did you mean tc"),
     "an autoencoder": (dict(transcoders=("sae",)), "'sae' is an autoencoder of blocks.0.hook_mlp_out"),

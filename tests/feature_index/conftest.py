@@ -18,7 +18,7 @@ from activation_store.store import Store, open_store
 from activation_store.writer import StoreWriter
 from dictlearn.feature_index import staging
 from dictlearn.feature_index.command import IndexConfig, run_index
-from dictlearn.feature_index.read import FeatureIndex, open_index
+from dictlearn.feature_index.index import FeatureIndex, open_index
 from dictlearn.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"

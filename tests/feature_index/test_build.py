@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dictlearn.dictionaries.files import load
 from dictlearn.feature_index import encode, read, spec, transpose
+from dictlearn.feature_index import index as index_module
 from dictlearn.feature_index.command import IndexConfig, run_index
-from dictlearn.feature_index.read import open_index
+from dictlearn.feature_index.index import FeatureIndex, open_index
 from dictlearn.feature_index.spec import ARRAYS, QUANTILE_LEVELS
 
 from .conftest import Made, encode_all, make_index, make_run, make_store
@@ -61,7 +62,7 @@ def assert_holds(made: Made) -> None:
         assert_coactive(index, latent, together)
 
 
-def assert_coactive(index: read.FeatureIndex, latent: int, together: np.ndarray) -> None:
+def assert_coactive(index: FeatureIndex, latent: int, together: np.ndarray) -> None:
     counts = together.diagonal()
     both = together[latent].copy()
     both[latent] = 0
@@ -108,7 +109,7 @@ def test_it_does_not_matter_how_the_work_is_cut(
         patch.setattr(transpose, "BYTES_PER_ACTIVATION", megabyte // 2 // (sum(documents) + 1))
         patch.setattr(transpose, "PAIR_VALUES", 13 * held)
         patch.setattr(spec, "VALUES_PER_FILE", per_file)
-        patch.setattr(read, "VALUES_PER_FILE", per_file)
+        patch.setattr(index_module, "VALUES_PER_FILE", per_file)
         made = make_index(
             tmp_path_factory.mktemp("cut"), documents, kind=kind, d_sae=d_sae, k=min(4, d_sae // 2 * 2), seed=seed
         )

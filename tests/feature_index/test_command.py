@@ -15,7 +15,8 @@ import pytest
 
 from activation_store.errors import UserError
 from dictlearn.dictionaries.description import DESCRIPTION
-from dictlearn.feature_index.command import IndexConfig, building_folder, dry_run, run_index
+from dictlearn.feature_index.command import IndexConfig, dry_run, run_index
+from dictlearn.feature_index.work import building_folder
 from dictlearn.workspace import Workspace
 
 from .conftest import make_model, make_run, make_store
@@ -46,6 +47,7 @@ def test_no_such_run(workspace) -> None:
 
 def test_a_run_that_has_not_finished(workspace) -> None:
     shutil.rmtree(workspace.run("run").dictionary)
+    workspace.run("run").config.touch()
     assert "The run 'run' has not finished training" in refusal(CONFIG, workspace)
 
 
@@ -155,7 +157,8 @@ def test_refusals_and_an_index_that_is_there_need_no_torch(workspace) -> None:
         "from pathlib import Path\n"
         "from activation_store.errors import UserError\n"
         "from dictlearn.feature_index.command import IndexConfig, run_index\n"
-        "from dictlearn.feature_index.read import feature_page, open_index\n"
+        "from dictlearn.feature_index.index import open_index\n"
+        "from dictlearn.feature_index.read import feature_page\n"
         "from dictlearn.feature_index.selectivity import recognisable\n"
         "from dictlearn.workspace import Workspace\n"
         f"workspace = Workspace(Path({str(workspace.root)!r}))\n"

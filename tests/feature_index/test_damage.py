@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from activation_store.errors import UserError
-from dictlearn.feature_index.read import open_index
+from dictlearn.feature_index.index import open_index
 from dictlearn.feature_index.spec import ARRAYS, MANIFEST_ATTRIBUTE
 
 from .conftest import Made

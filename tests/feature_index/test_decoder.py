@@ -21,7 +21,8 @@ from dictlearn.feature_index.decoder import (
     why_no_logits,
     writes_to_stream,
 )
-from dictlearn.feature_index.read import feature_page, open_index
+from dictlearn.feature_index.index import open_index
+from dictlearn.feature_index.read import feature_page
 from dictlearn.feature_index.spec import LISTED
 from dictlearn.feature_index.token_text import known_tokens
 from dictlearn.workspace import Workspace

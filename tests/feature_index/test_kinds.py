@@ -13,7 +13,8 @@ from dictlearn import reports
 from dictlearn.dictionaries import CONFIGS, config_class
 from dictlearn.feature_index.command import IndexConfig, run_index
 from dictlearn.feature_index.decoder import reaching_the_end, why_no_logits
-from dictlearn.feature_index.read import FeatureIndex, feature_page, open_index
+from dictlearn.feature_index.index import FeatureIndex, open_index
+from dictlearn.feature_index.read import feature_page
 from dictlearn.feature_index.spec import LISTED
 from dictlearn.training.command import run_train
 from dictlearn.training.configs import TrainConfig

@@ -10,7 +10,7 @@ import pytest
 from dictlearn import cli
 from dictlearn.feature_index import plan as planning
 from dictlearn.feature_index.command import IndexConfig, check, dry_run, run_index
-from dictlearn.feature_index.read import open_index
+from dictlearn.feature_index.index import open_index
 from dictlearn.feature_index.staging import Staging
 from dictlearn.workspace import Workspace
 
@@ -66,6 +66,8 @@ def test_a_dry_run_of_the_command_says_it_and_makes_nothing(tmp_path, capsys) ->
     cli.main(["index", "run", "--no-logits", "--dry-run", "--json", "--workspace", str(tmp_path)])
     assert json.loads(capsys.readouterr().out) == dataclasses.asdict(dry_run(CONFIG, workspace))
     assert not list(tmp_path.glob("indexes/*"))
+    cli.main(["index", "run", "--no-logits", "--json", "--workspace", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == {"index": str(workspace.index("run"))}
 
 
 def test_what_is_refused_needs_no_sample(tmp_path, monkeypatch) -> None:

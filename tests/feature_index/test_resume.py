@@ -19,8 +19,9 @@ from activation_store.testing import FullDisk, Killed, KillingDisk, RecordingDis
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.feature_index import build as index_build
 from dictlearn.feature_index import encode, staging, transpose
-from dictlearn.feature_index.command import IndexConfig, building_folder, run_index
+from dictlearn.feature_index.command import IndexConfig, run_index
 from dictlearn.feature_index.plan import Sampled
+from dictlearn.feature_index.work import building_folder
 from dictlearn.workspace import Workspace
 
 from .conftest import make_run, make_store

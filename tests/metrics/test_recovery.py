@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from activation_store.errors import UserError
 from dictlearn.codes import Codes
-from dictlearn.dictionaries.configs import TopKConfig
+from dictlearn.dictionaries.configs import CrosscoderConfig, TopKConfig
+from dictlearn.dictionaries.crosscoder import Crosscoder
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.metrics.recovery import (
     absorption,
@@ -215,6 +216,12 @@ def test_the_floor_of_the_alive_share_is_of_untrained_dictionaries():
             untrained.initialise(x, target, torch.Generator().manual_seed(seed), moments)
             own = alive_share(untrained, x, target, seed=seed, draws=5)
             assert abs(own.value - own.floor) <= Z * max(own.floor_std, 1 / 60)
+
+
+def test_the_floor_of_a_dictionary_of_several_hooks_is_of_ones_of_the_same_hooks():
+    x = torch.from_numpy(TREE.draw(0, 500).x)
+    score = alive_share(Crosscoder(CrosscoderConfig(d_sae=30), (12, 8)), x, draws=2)
+    assert score.value == 0 and score.floor > 0
 
 
 def test_untrained_dictionaries_differ():

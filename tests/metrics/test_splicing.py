@@ -74,6 +74,29 @@ def test_a_transcoder_reads_its_own_input_hook(model, tokens):
     torch.testing.assert_close(seen["out"], expected)
 
 
+def test_what_another_dictionary_replaces_is_read_as_replaced_in_whatever_order_they_are_named(model, tokens):
+    """Two in a row, of which the second reads the hook that the first replaces."""
+    first, last = "blocks.0.hook_mlp_out", "blocks.2.hook_mlp_out"
+    second = random_topk(24, 24, hook_in=first, hook_out=last)
+    both = {first: lambda rows: 2 * rows + 1, last: second}
+    (replaced,) = [2 * activation + 1 for activation in cached(model, tokens, first)]
+    fixed = second(replaced.flatten(0, 1))
+    with splice(model, {first: both[first], last: lambda rows: fixed}):
+        expected = model(tokens)
+    for order in (both, dict(reversed(both.items()))):
+        with splice(model, order):
+            assert torch.equal(model(tokens), expected)
+
+
+def test_what_needs_a_later_activation_is_refused(model, tokens):
+    dictionary = random_topk(24, hook_in=RESID, hook_out=RESID)
+    with (
+        pytest.raises(UserError, match=f"'{MLP_OUT}' is computed from '{RESID}', which the model has only later"),
+        splice(model, {MLP_OUT: dictionary}),
+    ):
+        model(tokens)
+
+
 def test_skip_first_leaves_the_first_position_alone(model, tokens):
     mlp_out = cached(model, tokens, MLP_OUT)[0]
     seen = {}
