@@ -80,7 +80,7 @@ class Moments:
         with np.errstate(invalid="ignore", over="ignore"):  # reported by `non_finite`, not by a warning
             self.total += ones @ block
             some = np.ascontiguousarray(block[:: self._stride])
-            self.outer += some.T @ some  # numpy sees one operand transposed and computes half of it (syrk)
+            self.outer += _outer(some)
             self.outer_total += np.ones(len(some)) @ some
             self.outer_count += len(some)
             np.multiply(block, block, out=block)
@@ -164,3 +164,15 @@ class Moments:
         moments.outer_total = vector[3 + 2 * d : 3 + 3 * d].copy()
         moments.outer = vector[3 + 3 * d :].reshape(d, d).copy()
         return moments
+
+
+def _outer(rows: np.ndarray) -> np.ndarray:
+    """xT x of rows (n, d). The number of threads that share the product changes no bit of it.
+
+    OpenBLAS gives each thread a part of the columns, and its AVX-512 kernels add up in another order at the end of a
+    part that is no multiple of 8.
+    """
+    d = rows.shape[1]
+    if d % 8:
+        rows = np.pad(rows, ((0, 0), (0, -d % 8)))
+    return (rows.T @ rows)[:d, :d]  # numpy sees one operand transposed and computes half of it (syrk)
