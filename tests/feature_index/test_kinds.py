@@ -68,20 +68,30 @@ def indexed(workspace: Workspace, **asked) -> FeatureIndex:
     return open_index(run_index(IndexConfig("run", **{"logits": False, **asked}), workspace))
 
 
+SMALL = {"snmf": 1e-4}
+"""Up to here an activation may be there or not: coordinate descent ends by comparing changes with a tolerance, and in
+float32 a pass sooner or later than in float64. Over six seeds activations were at most 2.3e-5 off, the least 4.7e-5."""
+
+
 def assert_holds(index: FeatureIndex, dictionary, store: Store, hooks) -> np.ndarray:
-    """Returns the dense activations in float64, (rows, d_sae)."""
+    """Returns the activations that the index lists, (rows, d_sae); a dense encoding in float64 has the same."""
+    small = SMALL.get(dictionary.kind, 0.0)
     x = torch.cat([store.tensor(hook, 0, store.rows).double() for hook in hooks], dim=1)
     with torch.no_grad():
         dense = dictionary.double().encode(x).dense().numpy()
     table = index.table()
-    np.testing.assert_array_equal(table.count, (dense != 0).sum(axis=0))
-    np.testing.assert_allclose(index.array("latents/total"), dense.sum(axis=0), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(index.array("latents/total"), dense.sum(axis=0), rtol=1e-5, atol=1e-4 + 10 * small)
+    listed = np.zeros_like(dense)
     for latent in range(index.d_sae):
         rows, values = index.activations(latent)
-        np.testing.assert_array_equal(rows, np.flatnonzero(dense[:, latent]))
-        np.testing.assert_allclose(values, dense[rows, latent], rtol=1e-4, atol=1e-5)
-    assert (dense != 0).sum() == index.array("activations/offsets")[-1] > store.rows / 2
-    return dense
+        assert (np.diff(rows.astype(np.int64)) > 0).all() and values.all()
+        listed[rows, latent] = values
+    np.testing.assert_allclose(listed, dense, rtol=1e-4, atol=max(1e-5, small))
+    sure = np.maximum(np.abs(dense), np.abs(listed)) > small
+    np.testing.assert_array_equal(listed[sure] != 0, dense[sure] != 0)
+    np.testing.assert_array_equal(table.count, (listed != 0).sum(axis=0))
+    assert (listed != 0).sum() == index.array("activations/offsets")[-1] > store.rows / 2
+    return listed
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("skip", "crosscoder", "clt")])
