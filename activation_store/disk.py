@@ -103,6 +103,14 @@ class Disk:
             self.sync_folders((target.parent for target in contents), subject)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Give a file its new content in one step, durably: there is the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync_path(temporary)
+    os.replace(temporary, path)
+
+
 def sync_path(path: Path) -> None:
     """Make the content of a file durable, or the names in a folder."""
     opened = os.open(path, os.O_RDONLY)

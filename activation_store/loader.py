@@ -237,7 +237,7 @@ class Loader(BatchSource):
                 self._announced = []  # chunks decoded for the store as it was are not there for this one
                 self._reserve()
                 continue
-            if time.monotonic() - quiet_since >= self.patience and not _has_a_local_writer(self.store):
+            if time.monotonic() - quiet_since >= self.patience and not has_local_writer(self.store):
                 raise UserError(
                     f"Store {self.store.location} has stopped growing: {self.store.rows:,} of {self.total_rows:,} rows "
                     f"are there, none came in {self.patience:,.0f} s, and nobody writes it. Run its harvest again, "
@@ -246,7 +246,8 @@ class Loader(BatchSource):
             stopping.wait(POLL_SECONDS)
 
 
-def _has_a_local_writer(store: Store) -> bool:
+def has_local_writer(store: Store) -> bool:
+    """Whether a process of this machine, or of one that shares the folder, is writing the store at this moment."""
     return store.place.root is not None and is_owned(store.place.root / OWNER_FILE)
 
 

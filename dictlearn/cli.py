@@ -132,7 +132,8 @@ def train(args: list[str]) -> None:
     from dictlearn.dictionaries import config_class, kinds
     from dictlearn.sweep import is_sweep
     from dictlearn.training.command import check, run_train
-    from dictlearn.training.configs import TrainConfig, config_from_yaml
+    from dictlearn.training.config_files import config_from_yaml
+    from dictlearn.training.configs import TrainConfig
 
     default = None
     if args and not args[0].startswith("-"):
@@ -174,7 +175,10 @@ def train_sweep(path: str, args: list[str]) -> None:
         return
     run_sweep(sweep, workspace, call.progress, call.tell)
     if leads():
-        say(call, reports.Trained.of([workspace.run(config.name) for config in sweep.configs]), reports.trained)
+        found = reports.Trained.of([workspace.run(config.name) for config in sweep.configs])
+        say(call, found, reports.trained)
+        if any("stopped" in run for run in found.runs):
+            raise SystemExit(1)
 
 
 def evaluate(args: list[str]) -> None:

@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from activation_store.disk import replace_text
 from activation_store.errors import UserError
 from activation_store.progress import Progress
 from dictlearn.training.command import Notify, check, train_group
-from dictlearn.training.configs import TrainConfig, config_from_dict, read_yaml
+from dictlearn.training.config_files import config_from_dict, read_yaml
+from dictlearn.training.configs import TrainConfig
 from dictlearn.workspace import NAME, Workspace
 
 MOST = 256
@@ -105,7 +107,7 @@ def read_sweep(path: str | Path) -> Sweep:
         raise UserError(f"{where} has two runs called {twice!r}; give the entries of list a name each.")
     if len(configs) > MOST:
         raise UserError(f"{where} asks for {len(configs)} runs, more than {MOST}; make several sweeps of it.")
-    return Sweep(name, configs, Path(path).read_text())
+    return Sweep(name, configs, Path(path).read_text(encoding="utf-8"))
 
 
 def _word(key: str, value: Any) -> str:
@@ -167,7 +169,5 @@ def run_sweep(sweep: Sweep, workspace: Workspace, progress: Progress, notify: No
     files = workspace.sweep(sweep.name)
     if not files.config.exists() and os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
         files.folder.mkdir(parents=True, exist_ok=True)
-        temporary = files.config.with_suffix(".tmp")
-        temporary.write_text(sweep.text)
-        os.replace(temporary, files.config)
+        replace_text(files.config, sweep.text)
     train_group(sweep.configs, workspace, files.checkpoints, sweep.name, progress, notify)

@@ -16,6 +16,7 @@ from activation_store.errors import UserError
 from activation_store.loader import Loader
 from activation_store.progress import NoProgress
 from dictlearn import reports
+from dictlearn.cli import main
 from dictlearn.dictionaries.configs import ICFLConfig, TopKConfig
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.sweep import is_sweep, plan, read_sweep, run_sweep
@@ -200,6 +201,16 @@ def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkey
     assert metrics(workspace, "w-dsae64") == metrics(workspace, "whole-dsae64")
     for name, tensor in weights(workspace, "w-dsae64").items():
         assert torch.equal(tensor, weights(workspace, "whole-dsae64")[name])
+
+
+def test_the_command_fails_when_a_run_of_the_sweep_has_stopped(workspace, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(COMMON | {"grid": {"dictionary.d_sae": [64, 80]}}))
+    poison(monkeypatch, 80, 17)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path), "--workspace", str(workspace.root)])
+    assert ended.value.code == 1
+    assert "18, stopped" in capsys.readouterr().out
 
 
 def test_the_last_good_state_of_a_stopped_run_stays_in_every_later_checkpoint(workspace, sweep, monkeypatch):

@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from activation_store.disk import replace_text
 from dictlearn.circuits.graph import AttributionGraph, Node
 
 
 def export(graph: AttributionGraph, path: str | Path, slug: str | None = None) -> Path:
     """Write ``graph`` for circuit-tracer's viewer; ``slug`` names it there (the file's name when not given)."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(as_circuit_tracer(graph, slug or path.stem), ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(as_circuit_tracer(graph, slug or path.stem), ensure_ascii=False, allow_nan=False))
     return path
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from activation_store.disk import replace_text
 from activation_store.errors import UserError
 
 FORMAT = "dictlearn-attribution-graph"
@@ -204,7 +204,7 @@ class AttributionGraph:
 
 
 def write(graph: AttributionGraph, path: str | Path) -> Path:
-    """Write under a temporary name and rename."""
+    """Write as JSON; a kill leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number = {node.id: i for i, node in enumerate(graph.nodes)}
@@ -221,9 +221,7 @@ def write(graph: AttributionGraph, path: str | Path) -> Path:
         "direct": [edge.direct for edge in graph.edges],
         "heads": [[dataclasses.astuple(head) for head in edge.heads] for edge in graph.edges],
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from activation_store.disk import replace_text
 from dictlearn.workspace import RunFiles, Workspace, read_json
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def fingerprint(store: Store) -> str:
 
 
 def write_evaluation(evaluation: Evaluation, files: RunFiles) -> None:
-    temporary = files.evaluation.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    os.replace(temporary, files.evaluation)
+    replace_text(files.evaluation, json.dumps(asdict(evaluation), indent=2) + "\n")
 
 
 def read_evaluation(files: RunFiles) -> Evaluation | None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from activation_store.devices import refuse_missing
 from activation_store.errors import UserError
-from activation_store.loader import Loader
+from activation_store.loader import Loader, has_local_writer
 from activation_store.progress import NoProgress, Progress
 from activation_store.seeds import derive_seed
 from dictlearn.dictionaries.configs import check_hooks
-from dictlearn.training.configs import TrainConfig, config_from_yaml, config_to_dict, refuse_not_finite
+from dictlearn.training.config_files import config_from_yaml, config_to_dict, refuse_not_finite
+from dictlearn.training.configs import TrainConfig
 from dictlearn.training.memory import Widths, estimate, parameters
 from dictlearn.training.records import check_writers
 from dictlearn.workspace import RunFiles, Workspace
@@ -235,10 +236,10 @@ def train_group(
     processes = parallel.join(configs[0])
     told = notify if processes.leads else _nobody
     try:
-        for config in configs:
-            if (sentence := never_dead(config, checked.plan.steps)) is not None:
-                told(sentence)
         loader = checked.loader
+        for sentence in (nobody_writes(loader), never_dead(configs, checked.plan.steps)):
+            if sentence is not None:
+                told(sentence)
         loader.device = processes.device
         loader.part_of_batch = processes.data_part
         runs = [
@@ -270,13 +271,30 @@ def refuse_operations(config: TrainConfig[Any]) -> None:
         )
 
 
-def never_dead(config: TrainConfig[Any], steps: int) -> str | None:
-    """What to say of a run that is over before a latent can count as dead, where something was to be done about it."""
-    rows, after = steps * config.batch_size, getattr(config.dictionary, "dead_after_rows", 0)
-    revives = getattr(config.dictionary, "auxk_weight", 0) or getattr(config.dictionary, "resample_every", 0)
-    if not revives or rows > after:
+def nobody_writes(loader: Loader) -> str | None:
+    """What to say of a store that is followed while no process adds to it; of an object store nobody here can know."""
+    store = loader.store
+    if not loader.follow or store.place.root is None or store.rows == loader.total_rows or has_local_writer(store):
         return None
     return (
-        f"The run {config.name!r} has {rows:,} rows, and a latent counts as dead after {after:,}: nothing will be done "
-        f"about dead latents. Set dead_after_rows to {max(1, rows // 10):,}, say, a tenth of the run."
+        f"The store {store.name!r} has {store.rows:,} of {loader.total_rows:,} rows, and no process is writing it now; "
+        f"start its `dictlearn harvest` again: training waits up to {loader.patience:,.0f} s for each next row."
+    )
+
+
+def never_dead(configs: Sequence[TrainConfig[Any]], steps: int) -> str | None:
+    """What to say of runs that are over before a latent can count as dead, where something was to be done about it."""
+    rows, idle = steps * configs[0].batch_size, []
+    for config in configs:
+        about = config.dictionary
+        revives = getattr(about, "auxk_weight", 0) or getattr(about, "resample_every", 0)
+        if revives and rows <= about.dead_after_rows:
+            idle.append(config)
+    if not idle:
+        return None
+    who = f"The run {idle[0].name!r} has" if len(idle) == 1 else f"{len(idle)} runs have"
+    least = min(config.dictionary.dead_after_rows for config in idle)
+    return (
+        f"{who} {rows:,} rows, and a latent counts as dead after {least:,}: nothing will be done about dead latents. "
+        f"Set dead_after_rows to {max(1, rows // 10):,}, say, a tenth of the run."
     )

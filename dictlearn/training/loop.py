@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from activation_store.disk import replace_text
 from activation_store.errors import UserError
 from activation_store.progress import Progress, Task
 from activation_store.seeds import derive_seed
@@ -32,7 +33,8 @@ from dictlearn.dictionaries.base import Dictionary
 from dictlearn.dictionaries.files import save
 from dictlearn.dictionaries.scaling import ControlStatistics
 from dictlearn.training.checkpoint import Checkpoints, Progressed, put_back
-from dictlearn.training.configs import TrainConfig, config_to_dict
+from dictlearn.training.config_files import config_to_dict
+from dictlearn.training.configs import TrainConfig
 from dictlearn.training.control import SideBySide
 from dictlearn.training.interruption import Interruption, TrainingInterrupted
 from dictlearn.training.memory import estimate, what_to_lower
@@ -212,9 +214,7 @@ def write_config(run: Run) -> None:
         return
     record = config_to_dict(run.config) | ({"sweep": run.sweep} if run.sweep else {})
     files.folder.mkdir(parents=True, exist_ok=True)
-    temporary = files.config.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-    os.replace(temporary, files.config)
+    replace_text(files.config, yaml.safe_dump(record, sort_keys=False))
 
 
 def build(run: Run, first: dict[str, Tensor], loader: ActivationSource, processes: Processes) -> Progressed:

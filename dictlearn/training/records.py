@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from activation_store.disk import replace_text
 from activation_store.errors import UserError
 from activation_store.ownership import Ownership
 from dictlearn.workspace import RunFiles
@@ -190,9 +191,7 @@ def _open_wandb(files: RunFiles, project: str, config: dict[str, Any]) -> Run:
     import wandb
 
     if not files.wandb_id.exists():
-        temporary = files.wandb_id.with_suffix(".tmp")
-        temporary.write_text(secrets.token_hex(8))  # not of the name: a run made anew under it is another run
-        os.replace(temporary, files.wandb_id)
+        replace_text(files.wandb_id, secrets.token_hex(8))  # not of the name: a run made anew under it is another run
     identity = files.wandb_id.read_text()
     try:
         return wandb.init(

@@ -16,7 +16,7 @@ from dictlearn.dictionaries.base import Dictionary, Width
 from dictlearn.dictionaries.batch_topk import BatchTopK
 from dictlearn.dictionaries.configs import BatchTopKConfig, MatryoshkaConfig
 from dictlearn.dictionaries.matryoshka import Matryoshka
-from dictlearn.training.configs import config_from_yaml
+from dictlearn.training.config_files import config_from_yaml
 from tests.dictionaries import test_batch_topk
 
 

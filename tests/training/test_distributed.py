@@ -24,7 +24,8 @@ from dictlearn.dictionaries import dictionary_class
 from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.training.checkpoint import Checkpoints
 from dictlearn.training.command import run_train, train_group
-from dictlearn.training.configs import TrainConfig, config_to_dict
+from dictlearn.training.config_files import config_to_dict
+from dictlearn.training.configs import TrainConfig
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.parallel import refuse_what_cannot_be_shared
 from dictlearn.workspace import Workspace

@@ -27,7 +27,7 @@ from dictlearn.dictionaries.configs import TopKConfig
 from dictlearn.training import checkpoint
 from dictlearn.training.checkpoint import Checkpoints
 from dictlearn.training.command import run_train
-from dictlearn.training.configs import config_to_dict
+from dictlearn.training.config_files import config_to_dict
 from dictlearn.training.interruption import Interruption, TrainingInterrupted
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.records import training

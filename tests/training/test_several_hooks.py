@@ -15,7 +15,7 @@ from dictlearn.dictionaries.configs import CrossLayerConfig, ICFLConfig, TopKCon
 from dictlearn.metrics.command import run_evaluate
 from dictlearn.metrics.record import EvaluateConfig, write_evaluation
 from dictlearn.training.command import check, run_train
-from dictlearn.training.configs import config_from_yaml
+from dictlearn.training.config_files import config_from_yaml
 from dictlearn.training.control import SideBySide
 from tests.training.planted import IN, LAYERS, OUT, SAE, metrics
 from tests.training.test_resume import Killed, assert_same_runs, kill_at

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 import time
 from dataclasses import replace
@@ -26,8 +27,8 @@ from dictlearn.dictionaries.configs import ICFLConfig, KSparseConfig, SemiNMFCon
 from dictlearn.dictionaries.files import load, save
 from dictlearn.dictionaries.semi_nmf import SemiNMF
 from dictlearn.dictionaries.topk import TopK
-from dictlearn.training.command import check, never_dead, run_train, train_group
-from dictlearn.training.configs import config_from_yaml, config_to_dict
+from dictlearn.training.command import check, never_dead, nobody_writes, run_train, train_group
+from dictlearn.training.config_files import config_from_yaml, config_to_dict
 from dictlearn.training.optimiser_config import OptimiserConfig
 from dictlearn.training.together import Together
 from tests.training.planted import CODEBOOK, IN, KINDS, OUT, SAE, TRANSCODER, make_store, metrics, weights
@@ -42,7 +43,8 @@ def test_a_run_too_short_for_a_latent_to_count_as_dead_says_so(workspace):
     assert "has 7,680 rows, and a latent counts as dead after 10,000,000" in sentence
     assert sentence.endswith("Set dead_after_rows to 768, say, a tenth of the run.")
     for config in (SAE, replace(CODEBOOK, steps=2), replace(default, dictionary=TopKConfig(d_sae=64, auxk_weight=0))):
-        assert never_dead(config, 60) is None
+        assert never_dead([config], 60) is None
+    assert "2 runs have 7,680 rows, and a latent" in (never_dead([default, SAE, replace(default, seed=1)], 60) or "")
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: c.name)
@@ -88,6 +90,22 @@ def test_a_run_may_follow_a_store_that_is_still_being_written(workspace, monkeyp
     assert metrics(workspace, "during") == metrics(workspace, "after")
     found, expected = weights(workspace, "during"), weights(workspace, "after")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_store_that_is_followed_and_that_nobody_writes_is_told_of(workspace):
+    said, followed = [], replace(SAE, store="growing", follow=True)
+
+    def look(part: int) -> None:
+        if part == 6:
+            said.append(nobody_writes(check([followed], workspace).loader))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make_store(workspace.store("growing"), between=look)
+    said.append(nobody_writes(check([followed], workspace).loader))
+    assert said[0] is None and said[1] is not None
+    assert re.match(r"The store 'growing' has 1,\d{3} of 3,000 rows, and no process is writing it now; start", said[1])
+    assert nobody_writes(check([replace(followed, store="s")], workspace).loader) is None
 
 
 def test_rows_far_from_the_others_can_be_left_out(workspace):
@@ -216,6 +234,10 @@ def test_a_control_store_of_another_model_is_refused(workspace):
         ),
         ("name: a\nstore: s\nhook: h\nsteps: many", "steps: .*integer.*'many'"),
         ("store: s\nhook: h", "name: Field required"),
+        ("name: a\nstore: s\nhook: h\nname: b", "has the key name twice, in lines 1 and 4; leave one of them out"),
+        ("name: a\nstore: s\nhook: h\ndictionary:\n  k: 2\n  d_sae: 4\n  k: 3", "the key k twice, in lines 5 and 7"),
+        ("list: [{seed: 1}, {seed: 2, seed: 3}]", "the key seed twice, in lines 1 and 1"),
+        ("name: &a [*a]", "name: Input should be a valid string"),
         (
             "name: a\nstore: s\nhook: h\nrow_filter: {max_norm: 10}",
             "row_filter.max_norm; did you mean row_filter.max_n",
