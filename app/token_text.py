@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dictlearn.feature_index.token_text import read_vocabulary, shown
+from dictlearn.token_text import read_vocabulary, shown
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def run_sample(config: SampleConfig, workspace: Workspace, progress: Progress) -
 
 def _vocabulary(provenance: Mapping[str, Any]) -> tuple[list[bytes] | None, str | None]:
     """The bytes of each token of the model that a store was made from; or None, and why."""
-    from dictlearn.feature_index.token_text import read_vocabulary
+    from dictlearn.token_text import read_vocabulary
 
     model = (provenance.get("model") or {}).get("name")
     if not model:
@@ -193,7 +193,7 @@ def _vocabulary(provenance: Mapping[str, Any]) -> tuple[list[bytes] | None, str 
 
 def _text(token_ids: list[int], vocabulary: list[bytes] | None, continues: bool = False) -> str:
     """Tokens as one line of text that is safe to show, or as numbers."""
-    from dictlearn.feature_index.token_text import shown
+    from dictlearn.token_text import shown
 
     if vocabulary is None:
         numbers = " ".join("?" if token < 0 else str(token) for token in token_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,13 +14,8 @@ from activation_store.harvest.language_model import ModelSpec, load_tokenizer, r
 from activation_store.progress import NoProgress, Progress
 from dictlearn.circuits.hooks import layer_of
 from dictlearn.dictionaries.description import describe, dictionary_fingerprint
+from dictlearn.token_text import text_of
 from dictlearn.workspace import Workspace
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-SPACE_MARK = "▁"
-"""SentencePiece's word boundary, which decoding one token alone would drop."""
 
 
 @dataclass(frozen=True)
@@ -149,19 +144,6 @@ def run_circuit(config: CircuitConfig, workspace: Workspace, progress: Progress 
     if config.export is not None:
         export(graph, config.export)
     return path
-
-
-def text_of(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """A token id as the text it stands for, its leading space included."""
-
-    def text(token_id: int) -> str:
-        piece = tokenizer.id_to_token(token_id)
-        if piece is None:
-            return f"<{token_id}>"
-        decoded = tokenizer.decode([token_id], skip_special_tokens=False)
-        return " " + decoded if piece.startswith(SPACE_MARK) and not decoded.startswith(" ") else decoded
-
-    return text
 
 
 def _transcoders(

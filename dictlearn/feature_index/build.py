@@ -42,9 +42,9 @@ from dictlearn.feature_index.spec import (
     chunk_keys,
 )
 from dictlearn.feature_index.staging import Staging
-from dictlearn.feature_index.token_text import known_tokens, token_bytes
 from dictlearn.feature_index.transpose import Texts, count_by_latent, histogram_edges, plan_ranges, transpose
 from dictlearn.feature_index.work import IndexWork, building_folder
+from dictlearn.token_text import known_tokens, token_bytes
 
 TEXT_ROWS = 1 << 20
 """Rows of text copied at a time."""

@@ -19,7 +19,7 @@ from dictlearn.feature_index.spec import (
     chunk_keys,
 )
 from dictlearn.feature_index.table import FeatureTable
-from dictlearn.feature_index.token_text import shown
+from dictlearn.token_text import shown
 
 
 def open_index(path: str | Path) -> FeatureIndex:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from activation_store.progress import NoProgress, Progress
-from dictlearn.circuits.command import text_of
 from dictlearn.steering.directions import Direction
 from dictlearn.steering.edit import next_token_log_probs, padded
 from dictlearn.steering.effects import TokenChanges, token_changes
 from dictlearn.steering.sampling import Sampling, continuations, fluency
 from dictlearn.steering.strength import Strength, match_kl, mean_length
+from dictlearn.token_text import text_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,9 +15,9 @@ from pathlib import Path
 import dictlearn
 from activation_store.harvest.language_model import load_language_model, load_tokenizer, resolve_model
 from dictlearn.circuits import attribute, summary, write
-from dictlearn.circuits.command import text_of
 from dictlearn.circuits.graph import AttributionGraph
 from dictlearn.circuits.hooks import layer_of
+from dictlearn.token_text import text_of
 
 
 def trace(prompt: str, runs: list[Path], model_name: str) -> AttributionGraph:

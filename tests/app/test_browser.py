@@ -15,7 +15,7 @@ import pytest
 
 from dictlearn.feature_index.index import open_index
 from dictlearn.feature_index.read import feature_page
-from dictlearn.feature_index.token_text import shown
+from dictlearn.token_text import shown
 from dictlearn.training.records import open_record, training
 from dictlearn.workspace import Workspace
 from tests.app.conftest import serving

@@ -163,7 +163,7 @@ def test_the_script_is_short() -> None:
 def test_tokens_read_as_text(shared) -> None:
     """SentencePiece marks the space in front of a word; a byte token is its character."""
     from activation_store.harvest.language_model import load_tokenizer
-    from dictlearn.circuits.command import text_of
+    from dictlearn.token_text import text_of
 
     tokenizer = load_tokenizer(resolve_model(str(shared / "models" / "stories260K")))
     text = text_of(tokenizer)
@@ -197,9 +197,9 @@ def test_a_real_model_with_quickly_fitted_transcoders(shared) -> None:
     """stories260K: after "a little girl named" comes a name; the sums hold in float32, and the nulls score lower."""
     from activation_store.harvest.language_model import load_language_model, load_tokenizer
     from dictlearn.circuits import attribute
-    from dictlearn.circuits.command import text_of
     from dictlearn.dictionaries.configs import TopKConfig
     from dictlearn.dictionaries.topk import TopK
+    from dictlearn.token_text import text_of
 
     spec = resolve_model(str(shared / "models" / "stories260K"))
     model, tokenizer = load_language_model(spec), load_tokenizer(spec)

@@ -24,7 +24,7 @@ from dictlearn.feature_index.decoder import (
 from dictlearn.feature_index.index import open_index
 from dictlearn.feature_index.read import feature_page
 from dictlearn.feature_index.spec import LISTED
-from dictlearn.feature_index.token_text import known_tokens
+from dictlearn.token_text import known_tokens
 from dictlearn.workspace import Workspace
 
 from .conftest import make_model, make_run, make_store

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dictlearn.feature_index.token_text import known_tokens, shown, token_bytes
+from dictlearn.token_text import known_tokens, shown, token_bytes
 
 TEXT = "naïve 😀 \u202ebidi\x00 tabs\t and\r\nlines, ünïcödé — 日本語"
 

@@ -1,4 +1,4 @@
-"""Tokens as text that is safe to show: no byte is lost, nothing is invisible, nothing moves the reader's eye.
+"""Tokens as text; by `shown`, safely: no byte is lost, nothing is invisible, nothing moves the reader's eye.
 
 A token is a run of bytes, and need not be whole characters: an emoji may be four tokens. `token_bytes` recovers those
 bytes from a tokenizer; `shown` turns them into text in which
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that are not drawn, or that change how their surroundings are drawn."""
 
 SPACE_MARK = "\u2581"
-"""SentencePiece's sign for a space."""
+"""SentencePiece's sign for a space, which decoding one token alone drops."""
 
 
 def shown(piece: bytes) -> str:
@@ -120,6 +121,19 @@ def _byte_level_table() -> dict[str, int]:
 def _from_sentencepiece(piece: str) -> bytes:
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
+
+
+def text_of(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """A token id as the text it stands for, its leading space included; bytes of half a character are lost."""
+
+    def text(token_id: int) -> str:
+        piece = tokenizer.id_to_token(token_id)
+        if piece is None:
+            return f"<{token_id}>"
+        decoded = tokenizer.decode([token_id], skip_special_tokens=False)
+        return " " + decoded if piece.startswith(SPACE_MARK) and not decoded.startswith(" ") else decoded
+
+    return text
 
 
 def known_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
