@@ -154,12 +154,9 @@ def train(args: list[str]) -> None:
     )
     call = parse("train", TrainConfig[config_class(kind)], args, default, about)  # type: ignore[misc]
     workspace = Workspace(call.workspace)
-    plan = check([call.config], workspace).plan
     if call.dry_run:
-        say(call, plan, reports.plan)
+        say(call, check([call.config], workspace).plan, reports.plan)
         return
-    if not plan.well_mixed and leads():
-        call.tell(plan.mixing)
     files = run_train(call.config, workspace, call.progress, call.tell)
     if leads():
         say(call, reports.Trained.of([files]), reports.trained)

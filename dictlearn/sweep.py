@@ -165,9 +165,9 @@ def run_sweep(sweep: Sweep, workspace: Workspace, progress: Progress, notify: No
         UserError: the sweep of this name has other runs, or what `train` refuses.
     """
     refuse_another(sweep, workspace)
-    check(sweep.configs, workspace)
+    checked = check(sweep.configs, workspace)
     files = workspace.sweep(sweep.name)
     if not files.config.exists() and os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
         files.folder.mkdir(parents=True, exist_ok=True)
         replace_text(files.config, sweep.text)
-    train_group(sweep.configs, workspace, files.checkpoints, sweep.name, progress, notify)
+    train_group(sweep.configs, workspace, files.checkpoints, sweep.name, progress, notify, checked)

@@ -191,7 +191,7 @@ def test_a_run_that_diverges_stops_and_the_others_go_on(workspace, sweep, monkey
     with monkeypatch.context() as patch:
         poison(patch, 80, 17)
         run_sweep(sweep(record), workspace, NoProgress(), said.append)
-    _, sentence = said
+    sentence = said[-1]
     reports.trained(reports.Trained.of([workspace.run(config.name) for config in sweep(record).configs]))
     table = [line.split() for line in capsys.readouterr().out.splitlines() if "w-dsae" in line]
     assert [line[2:4] for line in table] == [["40", "│"], ["18,", "stopped"]]
@@ -330,6 +330,7 @@ def test_the_command_trains_a_sweep_and_prints_a_table(workspace, tmp_path):
     assert dry["runs"] == ["w-k2", "w-k4"] and dry["steps"] == 10
     output = run()
     assert "training 2 runs of w: 1,280 tokens" in output and "runs 2/2" in output
+    assert output.count("use buffer_rows=") == 1
     assert [line.split()[0] for line in output.splitlines() if line.strip().startswith("w-k")] == ["w-k2", "w-k4"]
 
 

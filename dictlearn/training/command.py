@@ -218,13 +218,15 @@ def train_group(
     sweep: str | None = None,
     progress: Progress | None = None,
     notify: Notify = _nobody,
+    checked: Checked | None = None,
 ) -> None:
     """Train runs that read each batch together.
 
     Args:
-        notify: told what a person should know meanwhile: a damaged checkpoint, a run of several that stopped.
+        notify: told what a person should know: badly mixed rows, a damaged checkpoint, a run of several that stopped.
+        checked: what `check` has found of them, where that has been done.
     """
-    checked = check(configs, workspace)
+    checked = checked or check(configs, workspace)
     from dictlearn.dictionaries import dictionary_class
     from dictlearn.training import parallel
     from dictlearn.training.loop import Run, train
@@ -237,7 +239,8 @@ def train_group(
     told = notify if processes.leads else _nobody
     try:
         loader = checked.loader
-        for sentence in (nobody_writes(loader), never_dead(configs, checked.plan.steps)):
+        mixing = None if checked.plan.well_mixed else checked.plan.mixing
+        for sentence in (mixing, nobody_writes(loader), never_dead(configs, checked.plan.steps)):
             if sentence is not None:
                 told(sentence)
         loader.device = processes.device

@@ -38,7 +38,7 @@ def test_a_run_too_short_for_a_latent_to_count_as_dead_says_so(workspace):
     said = []
     default = replace(SAE, dictionary=TopKConfig(d_sae=64, k=4))
     run_train(default, workspace, notify=said.append)
-    sentence, operations = said
+    *_, sentence, operations = said
     assert operations == "Training with the portable operations on cpu, in float32."
     assert "has 7,680 rows, and a latent counts as dead after 10,000,000" in sentence
     assert sentence.endswith("Set dead_after_rows to 768, say, a tenth of the run.")
