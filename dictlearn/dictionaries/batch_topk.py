@@ -114,7 +114,8 @@ def slots_needed(several: Sequence[Tensor]) -> list[int]:
 
 
 def in_slots(slots: int, values_BC: Tensor, indices_BC: Tensor, also_BA: Tensor | None = None) -> TopKCodes:
-    """The same activations in so many slots, enough for each row."""
+    """The same activations in so many slots, enough for each row, or a few more."""
+    slots = min(ops.padded_slots(slots, values_BC.device), values_BC.shape[1])
     places_BK = values_BC.topk(slots, dim=1, sorted=False).indices
     return TopKCodes(values_BC.gather(1, places_BK), indices_BC.gather(1, places_BK), also_BA)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -119,10 +120,20 @@ def set_backend(name: str) -> None:
 
 
 def backend(device: str | torch.device = "cpu") -> str:
-    """The name of the backend in use for tensors on ``device``."""
+    """The name of the backend in use for tensors on ``device``; kernels for a GPU take no others."""
+    if _forced == "triton" and torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "portable"  # a dictionary begins in host memory, wherever it is trained
     if _forced is not None:
         return _forced
     return "triton" if torch.device(device).type == "cuda" and _runs_triton() else "portable"
+
+
+def padded_slots(slots: int, device: str | torch.device) -> int:
+    """How many slots to give codes whose busiest row needs ``slots``, where that changes from step to step.
+
+    Triton compiles its kernels anew for each number, which takes seconds: there it is rounded up to a multiple of 16.
+    """
+    return -(-slots // 16) * 16 if backend(device) == "triton" else slots
 
 
 def load(name: str) -> Backend:

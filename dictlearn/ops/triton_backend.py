@@ -6,7 +6,7 @@ so the host runs ahead of it.
 
 Under autocast to bfloat16 the large operands are rounded to it: the rows of the batch, the encoder's and the decoder's
 vectors where they are read, and the gradient of the output. Sums are in float32, and so are values, gradients and what
-comes out. In float32 and float64 nothing is rounded but by the order of sums.
+comes out. In float32 and float64 no operand is rounded; quotients and roots of float32 are the card's, a few bits off.
 
 Axes: B rows, D input width, O output width, S latents, K active per row, A latents looked at besides.
 """

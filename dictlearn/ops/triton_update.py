@@ -58,7 +58,8 @@ class PairGradient:
     _squares: Tensor | None = None
 
     def dense(self) -> Tensor:
-        sums_SD = sum_by_latent(self.of, self.weights, self.rows)
+        with launching_on(self.weights.device):
+            sums_SD = sum_by_latent(self.of, self.weights, self.rows)
         if self.latents is not None and self.besides is not None:
             sums_SD.index_add_(0, self.latents, self.besides.to(sums_SD.dtype))
         return sums_SD
@@ -150,7 +151,8 @@ def lowered(weight_SD: Tensor) -> Tensor:
     copy_SD = _copy_of(weight_SD)
     if copy_SD is None:
         copy_SD = weight_SD.detach().to(torch.bfloat16)
-        if isinstance(weight_SD, torch.nn.Parameter) and not weight_SD.is_inference():
+        for_training = not (weight_SD.is_inference() or torch.is_inference_mode_enabled())
+        if isinstance(weight_SD, torch.nn.Parameter) and for_training:
             _keep(weight_SD, copy_SD)
     return copy_SD
 

@@ -17,6 +17,8 @@ WAKE_SECONDS = 0.05
 """Of work before a measurement: an idle card lowers its clock."""
 HOLD_CYCLES = 40_000_000
 """About 20 ms in which the device waits while the host queues what is measured, so that launches are not part of it."""
+MORE_THAN_CACHED = 2**28
+"""Bytes: what is written between two measurements leaves nothing else in the card's second-level cache (60 MB)."""
 
 Emit = Callable[[str, Mapping[str, object]], None]
 
@@ -36,7 +38,7 @@ class Card:
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, calls: Sequence[Callable[[], object]], repeats: int = 10) -> float | None:
-        """The median time of a call on the device; calls differ in their inputs, so that no cache holds them."""
+        """The median time of a call on the device, whose cache then holds nothing of the call's inputs."""
         for call in calls:
             call()  # compiles, and makes what is made once
         if not self.measures:
@@ -47,10 +49,11 @@ class Card:
             calls[number % len(calls)]()
             self.synchronise()
             number += 1
-        marks = []
+        marks, other = [], torch.empty(MORE_THAN_CACHED, dtype=torch.uint8, device=self.device)
         torch.cuda._sleep(HOLD_CYCLES)
         for number in range(repeats):
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            other.zero_()
             began.record()
             calls[number % len(calls)]()
             ended.record()

@@ -25,6 +25,7 @@ from gpu_implementations import FUSED, PORTABLE, Ours, Way, dead_latents, plante
 from torch import Tensor
 
 from dictlearn import ops
+from dictlearn.dictionaries.dead_latents import rounded_up
 from dictlearn.dictionaries.topk import TopK
 from dictlearn.ops import reference
 from dictlearn.ops.ahead import LAG
@@ -34,6 +35,7 @@ from dictlearn.training.step import Step
 RULES: tuple[Rule, ...] = ("relu", "magnitude", "linear")
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+NO_TIME = "left out: no time was left"
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -51,7 +53,13 @@ def poison(device: torch.device) -> None:
 
 
 def checked(ask: Ask, what: str, on: str, limit: float, error: Callable[..., float], *arguments: Any) -> None:
-    """Emit one row; an error that leaves the device usable is a failed check, not the end of the section."""
+    """Emit one row; an error that leaves the device usable is a failed check, not the end of the section.
+
+    So is a check for which no time was left: what was not looked at has not passed.
+    """
+    if ask.left() < 0:
+        ask.emit("checks", {"what": what, "on": on, "error": NO_TIME, "limit": limit, "passed": False})
+        return
     try:
         poison(ask.card.device)
         found = error(*arguments)
@@ -144,7 +152,7 @@ def selection(ask: Ask) -> None:
         return
     for size in ask.sizes:
         selections(ask, 64, size.latents, size.k, "bfloat16", RULES[0])
-        kept_selections(ask, 64, size.latents // 10, size.d // 2)
+        kept_selections(ask, 64, rounded_up(size.latents // 10, size.latents), size.d // 2)
     for first, (B, S, k) in enumerate([(3, 130, 1), (2, 130, 130), (1, 64, 5), (5, 1000, 7)]):
         for number, type_name in enumerate(TYPES):
             selections(ask, B, S, k, type_name, RULES[(first + number) % len(RULES)])
@@ -153,15 +161,13 @@ def selection(ask: Ask) -> None:
 
 def selections(ask: Ask, B: int, S: int, k: int, type_name: str, rule: Rule) -> None:
     for name, rows in awkward_rows(B, S, k, ask.card.device):
-        if ask.left() > 0:
-            on = f"{B} x {S}, k {k}, {name}, {type_name}, {rule}"
-            checked(ask, "selection", on, 0.0, selection_differs, rows.to(TYPES[type_name]), k, rule)
+        on = f"{B} x {S}, k {k}, {name}, {type_name}, {rule}"
+        checked(ask, "selection", on, 0.0, selection_differs, rows.to(TYPES[type_name]), k, rule)
 
 
 def kept_selections(ask: Ask, B: int, A: int, k: int) -> None:
     for name, rows in awkward_rows(B, A, k, ask.card.device):
-        if ask.left() > 0:
-            checked(ask, "keep_topk", f"{B} x {A}, k {k}, {name}, float32", 0.0, kept_differs, rows, k, "relu")
+        checked(ask, "keep_topk", f"{B} x {A}, k {k}, {name}, float32", 0.0, kept_differs, rows, k, "relu")
 
 
 def products(ask: Ask) -> None:
@@ -175,8 +181,6 @@ def products(ask: Ask) -> None:
         for name, dtype, limit in (("bfloat16", torch.bfloat16, 1e-2), ("float32", torch.float32, 1e-5)):
             inputs = [x_BD[:rows].to(dtype), W_SD.to(dtype), b_S.to(dtype)]
             checked(ask, "product_with_maxima", f"{rows} x {D} x {S}, {name}", limit, maxima_differ, *inputs)
-        if ask.left() < 0:
-            return
 
 
 # --- the operations ---------------------------------------------------------------------------------------------------
@@ -222,10 +226,9 @@ def operations(ask: Ask) -> None:
     for rule in RULES[:1] if ask.quick else RULES:
         for shape in shapes[1:2] if ask.quick else shapes:
             for also in (False, True):
-                if ask.left() > 0:
-                    on = "B {}, D {}, O {}, S {}, K {}, ".format(*shape) + rule + (", with others" if also else "")
-                    differ = operations_differ, shape, rule, also, ask.card.device
-                    checked(ask, "operations, float64", on, 1e-10, *differ)
+                on = "B {}, D {}, O {}, S {}, K {}, ".format(*shape) + rule + (", with others" if also else "")
+                differ = operations_differ, shape, rule, also, ask.card.device
+                checked(ask, "operations, float64", on, 1e-10, *differ)
 
 
 # --- a whole step -----------------------------------------------------------------------------------------------------
@@ -406,7 +409,8 @@ def whole_step(ask: Ask) -> None:
             if way.precision == "float64" and size.d > 1000:
                 continue  # the same kernels, at twice the memory
             if ask.left() < 0:
-                return
+                ask.emit("steps", {"step": name, "size": size.name, "error": NO_TIME, "passed": False})
+                continue
             try:
                 errors = step_differs(smaller, way, dead_share, ask.card.device, 1 if ask.quick else LAG)
             except Exception as exception:

@@ -34,6 +34,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -84,8 +85,9 @@ def plan(sizes: tuple[Size, ...]) -> list[list[Lane]]:
     return [
         [[Section("ceilings", sizes, 20)]],
         [
-            [Section("operations", sizes, 45), Section("selection", sizes, 45), Section("products", sizes, 35)],
-            each("steps", 40, 35, 50),
+            [Section("operations", sizes, 60)],
+            [Section("selection", sizes, 60), Section("products", sizes, 35)],
+            each("steps", 60, 40, 50),
         ],
         [
             [
@@ -132,7 +134,7 @@ class Worker:
 
     def versions(self) -> dict[str, str] | None:
         """What it runs; None if it could not begin."""
-        answer = self._answer(4 * START)
+        answer = self._answer(8 * START)
         return answer["versions"] if answer and "versions" in answer else None
 
     def do(self, question: Mapping[str, Any], found: Callable[[str, dict[str, Any]], None]) -> str | None:
@@ -175,7 +177,8 @@ class Worker:
             self._process.wait(0.1 if not self.works else 10)
         except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # stuck in the driver: not worth the rest of the run
+                self._process.wait(10)
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------
@@ -338,7 +341,10 @@ def run(options: argparse.Namespace, sizes: tuple[Size, ...]) -> Results:
         wanted = [[section for section in lane if section.name in (options.only or [section.name])] for lane in lanes]
         run_one = partial(run_lane, spare=spare, results=results, options=options, sizes=sizes, began=began)
         with ThreadPoolExecutor(len(wanted)) as pool:
-            list(pool.map(run_one, filter(None, wanted)))
+            running = {pool.submit(run_one, lane): lane for lane in wanted if lane}
+        for ended, lane in running.items():
+            if (error := ended.exception()) is not None:  # a line cut in half by a dying process, say: the rest goes on
+                results.errors[f"after {lane[0].title}"] = repr(error)
     for worker in spare:
         worker.close()
     return results
@@ -359,15 +365,15 @@ def run_lane(
     """
     worker: Worker | None = None
     for section in lane:
-        left = options.seconds - (time.monotonic() - began)
-        if left < START:
-            results.errors[section.title] = "left out: no time was left"
-            continue
         if worker is None and spare:
             worker = spare.pop()
         elif worker is None:
             worker = Worker(options.interpret)
             worker.versions()
+        left = options.seconds - (time.monotonic() - began)
+        if left < START:
+            results.errors[section.title] = "left out: no time was left"
+            continue
         started = time.monotonic()
         question = {
             "section": section.name,

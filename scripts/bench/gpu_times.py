@@ -39,6 +39,7 @@ from gpu_implementations import (
 from torch import Tensor
 
 from dictlearn import ops
+from dictlearn.dictionaries.dead_latents import rounded_up
 from dictlearn.ops import triton_pairs, triton_select, triton_update
 from dictlearn.ops.row_gradients import AdamStep
 from dictlearn.training.finite import Unread
@@ -151,7 +152,7 @@ def encoder_kernels(ask: Ask, size: Size) -> None:
     read_ms = maxima_ms + 1e3 * BFLOAT16 * 64 * size.pairs / rates.bytes
     timed(ask, "select", size, read_ms, [lambda: triton_select.select(pre_BS, maxima_BG, size.k, "relu")])
     timed(ask, "torch.topk", size, once_ms, [lambda: pre_BS.topk(size.k, dim=1, sorted=False)])
-    dead_BA = pre_BS[:, : int(DEAD_SHARE * size.latents)].float()
+    dead_BA = pre_BS[:, : rounded_up(int(DEAD_SHARE * size.latents), size.latents)].float()
     if triton_select.fits(dead_BA.shape[1], dead_BA.dtype):
         floor = 1e3 * 2 * FLOAT32 * dead_BA.numel() / rates.bytes
         timed(

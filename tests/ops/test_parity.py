@@ -317,6 +317,21 @@ def test_without_triton_its_backend_is_refused_and_never_chosen(monkeypatch):
     assert ops.backend("cpu") == "portable"
 
 
+@pytest.mark.needs("interpreter")
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_for_a_gpu_leave_what_is_in_host_memory_to_others(monkeypatch):
+    """A dictionary begins there, wherever it is trained; only the interpreter can take it."""
+    try:
+        ops.set_backend("triton")
+        assert ops.backend("cpu") == ops.backend("cuda:1") == "triton"
+        assert [ops.padded_slots(slots, "cpu") for slots in (1, 16, 17)] == [16, 16, 32]
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert (ops.backend("cpu"), ops.backend("cuda:1")) == ("portable", "triton")
+        assert ops.padded_slots(17, "cpu") == 17
+    finally:
+        ops.set_backend("auto")
+
+
 def test_a_forced_backend_is_used_until_the_device_decides_again(monkeypatch):
     called = []
     monkeypatch.setattr(reference, "decode", lambda *arguments: called.append(1) or portable.decode(*arguments))

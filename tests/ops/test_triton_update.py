@@ -120,6 +120,13 @@ def test_the_copy_in_bfloat16_follows_the_weights():
         assert torch.equal(lowered(weight), weight.bfloat16())
 
 
+def test_a_copy_made_in_inference_mode_is_not_kept_for_training():
+    weight = torch.nn.Parameter(torch.randn(S, 6))
+    with torch.inference_mode():
+        made = lowered(weight)
+    assert made.is_inference() and not lowered(weight).is_inference()
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 17, 64, 768, 1000, 2304, 3584, 4096])
 def test_two_blocks_cover_a_row(width):
     first, second = two_blocks(width)
