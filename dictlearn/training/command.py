@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +110,10 @@ def refuse_another(config: TrainConfig[Any], files: RunFiles) -> None:
         raise UserError(f"{str(files.folder)!r} is a file, where the run's folder would be; choose another name.")
     if not files.config.exists():
         return
-    record = config_to_dict(config)
-    there = config_to_dict(config_from_yaml(files.config))  # what it does not say is as by default
+    record, there = (
+        config_to_dict(replace(one, precision=one.product_precision))  # auto follows the device, which is free
+        for one in (config, config_from_yaml(files.config))  # what the file does not say is as by default
+    )
     differing = [key for key in record if there[key] != record[key] and key not in TrainConfig.FREE]
     if not differing:
         return
@@ -122,8 +124,8 @@ def refuse_another(config: TrainConfig[Any], files: RunFiles) -> None:
         key, before, now = f"{key}.{inner}", before.get(inner), now.get(inner)
     more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
     raise UserError(
-        f"The run {files.name!r} exists with another configuration ({key}: {before!r}, now {now!r}{more}); choose "
-        "another name, or delete the old run."
+        f"The run {files.name!r} exists with another configuration ({key}: {before!r}, now {now!r}{more}); give "
+        "what it has, choose another name, or delete the old run."
     )
 
 

@@ -57,7 +57,8 @@ class TrainConfig(Generic[DictionaryConfig]):
     order_seed: int | None = None
     """Decides the order of rows."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the large matrix products: bfloat16 by autocast, float32, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Of the large matrix products: bfloat16 by autocast, float32, or auto: bfloat16 on a GPU, float32 on a CPU.
+    To continue a run on another device, name what it began with."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500
@@ -107,6 +108,13 @@ class TrainConfig(Generic[DictionaryConfig]):
     def hooks_rebuilt(self) -> tuple[str, ...]:
         """The hooks that the output is compared with."""
         return self.target_hooks or self.hooks
+
+    @property
+    def product_precision(self) -> Literal["float32", "bfloat16"]:
+        """Of the large products. On a CPU without matrix units bfloat16 is the slower one: it has to be asked for."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if self.device.startswith("cuda") else "float32"
 
     @property
     def seed_of_order(self) -> int:

@@ -98,7 +98,7 @@ def train(
         checkpoints.remove()
         return
     ops.set_backend(shared.ops)
-    using = f"{ops.backend(processes.device)} operations on {processes.device}, in {precision(shared)}"
+    using = f"{ops.backend(processes.device)} operations on {processes.device}, in {shared.product_precision}"
     notify(f"Training with the {using}.")
     begin_with = [min(max(INITIAL_ROWS, getattr(run.config.dictionary, "rows", 0)), loader.rows) for run in runs]
     first = first_rows(loader, max(begin_with))
@@ -237,7 +237,7 @@ def build(run: Run, first: dict[str, Tensor], loader: ActivationSource, processe
             generator,
             config.optimiser.gradient_clip,
             config.accumulate,
-            precision(config),
+            config.product_precision,
             Average(config.optimiser.averaging, dictionary) if config.optimiser.averaging else None,
         ),
         rows,
@@ -255,13 +255,6 @@ def control_statistics(run: Run) -> ControlStatistics:
     """Of the hooks that are encoded; of several hooks, each is centred and whitened by itself."""
     found = [run.control.statistics(hook) for hook in run.config.hooks]
     return found[0] if len(found) == 1 else SideBySide(found)
-
-
-def precision(config: TrainConfig[Any]) -> str:
-    """Of the large products. On a CPU without matrix units bfloat16 is slower than float32: it has to be asked for."""
-    if config.precision != "auto":
-        return config.precision
-    return "bfloat16" if config.device.startswith("cuda") else "float32"
 
 
 def provenance(run: Run, loader: ActivationSource) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _on_gpu(config: TrainConfig[Any]) -> tuple[int, int]:
     The kernels read a bfloat16 copy of the weights, and Adam updates with gradients that are never written, where a
     batch is computed in one part. The portable operations write them, and a second (B, S) matrix.
     """
-    low = 2 if config.precision != "float32" else FLOAT
+    low = 2 if config.product_precision == "bfloat16" else FLOAT
     if config.ops not in ("auto", "triton"):
         return 4 * FLOAT, 2 * low
     by_row = config.optimiser.rule == "adam" and config.accumulate == 1

@@ -142,6 +142,18 @@ def test_a_finished_run_is_returned_and_another_config_under_its_name_refused(wo
         run_train(replace(SAE, seed=1), workspace)
 
 
+def test_a_run_begun_on_a_gpu_goes_on_elsewhere_in_the_precision_it_had(workspace):
+    """The device is free and `precision: auto` follows it: half a run in bfloat16, half in float32 is no run."""
+    files = run_train(SAE, workspace)
+    text = files.config.read_text()
+    files.config.write_text(text.replace("device: cpu", "device: cuda"))
+    with pytest.raises(UserError, match=r"another configuration \(precision: 'bfloat16', now 'float32'\); "):
+        run_train(SAE, workspace)
+    run_train(replace(SAE, precision="bfloat16"), workspace)
+    files.config.write_text(text)
+    run_train(replace(SAE, precision="float32"), workspace)
+
+
 def test_seeds_differ_and_the_same_seed_repeats(workspace):
     """A peer's runner has a seed that nothing reads."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
