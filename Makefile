@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # No test may depend on a hub that happens to be reachable.
-TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled
+PYTEST := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled $(BIN)/python -m pytest
 
 .PHONY: demo app test test-all lint clean
 .DELETE_ON_ERROR:
@@ -22,10 +22,11 @@ app: $(INSTALLED)
 	$(BIN)/dictlearn app
 
 test: lint
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -m "not heavy"
+	$(PYTEST) -m "not heavy" --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test-all: lint
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+# One at a time: some measure speed, or fill the memory.
+test-all: test
+	$(PYTEST) -m heavy
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,8 @@ collect_ignore = ["example_package"]
 """A package of its own: `test_third_party` installs it and runs its tests."""
 
 heavy_tests_left_out = pytest.StashKey[int]()
+LEFT_OUT = "heavy_tests_left_out"
+"""Under which a process of several that share the tests hands its count over."""
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -144,6 +147,17 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     if heavy:
         stash = heavy[0].config.stash
         stash[heavy_tests_left_out] = stash.get(heavy_tests_left_out, 0) + len(heavy)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[LEFT_OUT] = session.config.stash.get(heavy_tests_left_out, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: every process collects all tests, so that each knows how many are left out."""
+    node.config.stash[heavy_tests_left_out] = getattr(node, "workeroutput", {}).get(LEFT_OUT, 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

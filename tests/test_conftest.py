@@ -78,6 +78,8 @@ def test_heavy_tests_left_out_are_counted_at_the_end(run_pytest) -> None:
     source = "@pytest.mark.heavy\ndef test_a():\n    pass\n\n\ndef test_b():\n    pass\n"
     assert "NOT RUN 1 heavy tests" in run_pytest(source, "-m", "not heavy").stdout
     assert "NOT RUN" not in run_pytest(source).stdout
+    shared = run_pytest(source, "-m", "not heavy", "-p", "xdist.plugin", "-n", "2").stdout
+    assert "NOT RUN 1 heavy tests" in shared and "1 passed" in shared
 
 
 def test_the_hub_is_off() -> None:
