@@ -156,8 +156,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Of pytest-xdist: every process collects all tests, so that each knows how many are left out."""
-    node.config.stash[heavy_tests_left_out] = getattr(node, "workeroutput", {}).get(LEFT_OUT, 0)
+    """Of pytest-xdist: every process collects all tests, so that each knows how many are left out, unless it died."""
+    known = node.config.stash.get(heavy_tests_left_out, 0)
+    node.config.stash[heavy_tests_left_out] = max(known, getattr(node, "workeroutput", {}).get(LEFT_OUT, 0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

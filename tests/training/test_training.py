@@ -142,7 +142,7 @@ def test_a_finished_run_is_returned_and_another_config_under_its_name_refused(wo
         run_train(replace(SAE, seed=1), workspace)
 
 
-def test_a_run_begun_on_a_gpu_goes_on_elsewhere_in_the_precision_it_had(workspace):
+def test_a_run_begun_on_a_gpu_is_taken_up_elsewhere_only_in_the_precision_it_had(workspace):
     """The device is free and `precision: auto` follows it: half a run in bfloat16, half in float32 is no run."""
     files = run_train(SAE, workspace)
     text = files.config.read_text()
